@@ -1,0 +1,62 @@
+# Every target does its own set-up: .ci/venv finds a Python, makes .venv and installs what the target needs.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format parity bench wheel clean
+export PYTHON
+
+BIN := .venv/bin
+WORKERS ?= 2
+TESTS ?= tests
+
+help:
+	@echo 'make demo    stream text from the embedded model'
+	@echo 'make test    run the tests (TESTS=tests/runtime WORKERS=0 narrow them)'
+	@echo 'make lint    ruff and mypy'
+	@echo 'make format  let ruff rewrite the files'
+	@echo 'make parity  compare with transformers on fresh checkpoints (installs torch)'
+	@echo 'make bench   measure the numbers of the README again'
+	@echo 'make wheel   build dist/*.whl and check what it holds'
+	@echo 'make clean   remove .venv and everything that was built'
+
+demo:
+	@.ci/venv runtime
+	@$(BIN)/millrace demo
+
+# The console script and not `python -m pytest`, which would put the root's folders (models, runtime) on sys.path.
+# A file's tests stay in one process, which shares its compiled programs.
+test:
+	@.ci/venv test
+	@$(BIN)/pytest $(TESTS) -q -n $(WORKERS) --dist loadfile
+
+lint: .types/millrace
+	@.ci/venv lint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy -p millrace
+
+format:
+	@.ci/venv lint
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# mypy needs a folder named millrace, and a clone's folder may have any name.
+.types/millrace:
+	@mkdir -p .types
+	@ln -sfn .. $@
+
+parity:
+	@.ci/venv parity
+	@$(BIN)/python tests/parity/live.py
+
+bench:
+	@.ci/venv bench
+	@$(BIN)/python benchmarks/startup.py
+	@$(BIN)/python benchmarks/step_overhead.py
+	@$(BIN)/python benchmarks/batch_scaling.py
+
+wheel:
+	@.ci/venv runtime
+	@$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
+	@$(BIN)/python .ci/check_wheel.py dist
+
+clean:
+	rm -rf .venv .types build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Deployments, a file each: `get_config() -> RuntimeConfig`, loaded by `millrace COMMAND --config=NAME`."""

@@ -1,0 +1,158 @@
+"""The decoder, the only forward: embed, periods of layers, head."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from ..pallas_kernels.quantized_matmul import matmul
+from ..sharding.specs import ParamSpec, SpecTree
+from .attention import Attention
+from .config import LayerSpec, MlpSpec, ModelConfig, Stage
+from .embedding import Embedding
+from .mlp import Mlp
+from .moe import Moe
+from .norm import RMSNorm
+from .step import Step
+
+type Params = dict[str, Any]  # a nested dict of arrays: modules define, pure dicts travel
+
+
+class Layer(nnx.Module):
+    """One attention block and one MLP block, each with its residual sum."""
+
+    def __init__(self, spec: LayerSpec, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(spec.attention, config, dtype=dtype, rngs=rngs)
+        if isinstance(spec.mlp, MlpSpec):
+            self.mlp = Mlp(spec.mlp, config.embed_dim, dtype=dtype, rngs=rngs)
+        else:
+            self.moe = Moe(spec.mlp, config.embed_dim, dtype=dtype, rngs=rngs)
+        if spec.norms != "post":
+            self.attention_norm = RMSNorm(config.embed_dim, config, dtype=dtype)
+            self.mlp_norm = RMSNorm(config.embed_dim, config, dtype=dtype)
+        if spec.norms != "pre":
+            self.attention_post_norm = RMSNorm(config.embed_dim, config, dtype=dtype)
+            self.mlp_post_norm = RMSNorm(config.embed_dim, config, dtype=dtype)
+        self.spec = spec
+
+    def __call__(
+        self, x: Float[Array, "R T D"], cache: Array | None, layer: jax.Array, step: Step
+    ) -> tuple[Float[Array, "R T D"], Array | None]:
+        before, after = self.spec.norms != "post", self.spec.norms != "pre"
+        y, cache = self.attention(self.attention_norm(x) if before else x, cache, layer, step)
+        x = x + (self.attention_post_norm(y) if after else y)
+        y = self.mlp_norm(x) if before else x
+        y = self.mlp(y, step) if isinstance(self.spec.mlp, MlpSpec) else self.moe(y, step)
+        x = x + (self.mlp_post_norm(y) if after else y)
+        return step.placement.constrain(x, "shard", "tokens", "embed"), cache
+
+
+def run_period(
+    layers: Sequence[Layer], x: Float[Array, "R T D"], cache: Array | None, first_layer: jax.Array, step: Step
+) -> tuple[Float[Array, "R T D"], Array | None]:
+    """One period of layers, the first of which is the model's layer `first_layer`."""
+    for offset, layer in enumerate(layers):
+        x, cache = layer(x, cache, first_layer + offset, step)
+    return x, cache
+
+
+class Decoder(nnx.Module):
+    """A decoder-only transformer; the layers of a stage are stacked by their position in its period."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.stages = nnx.Dict(
+            {
+                str(s): nnx.Dict(
+                    {
+                        str(p): _stack(spec, stage.num_repeats, config, dtype, rngs)
+                        for p, spec in enumerate(stage.period)
+                    }
+                )
+                for s, stage in enumerate(config.stages)
+            }
+        )
+        self.final_norm = RMSNorm(config.embed_dim, config, dtype=dtype)
+        if not config.tie_embeddings:
+            self.head = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+
+    def embed_tokens(self, tokens: Int[Array, "R T"], step: Step) -> Float[Array, "R T D"]:
+        """The residual stream's start; ids out of range give an arbitrary finite row."""
+        x = self.embed(tokens)
+        if self.config.embed_scale != 1.0:
+            x = x * jnp.asarray(self.config.embed_scale, x.dtype)
+        return step.placement.constrain(x, "shard", "tokens", "embed")
+
+    def run_layers(
+        self, x: Float[Array, "R T D"], cache: Array | None, step: Step
+    ) -> tuple[Float[Array, "R T D"], Array | None]:
+        """All layers: each stage scans its period. The cache is a carry, so that it is updated in place."""
+        for s, stage in enumerate(self.config.stages):
+            stacked = [self.stages[str(s)][str(p)] for p in range(len(stage.period))]
+            x, cache = _scan_stage(stage, stacked, x, cache, step)
+        return x, cache
+
+    def logits(self, x: Float[Array, "*rows D"], step: Step) -> Float[Array, "*rows V"]:
+        """The head: final norm, projection to the vocabulary in float32, soft cap."""
+        table = self.embed if self.config.tie_embeddings else self.head
+        logits = matmul(self.final_norm(x), table.weight[...], kernels=step.kernels, out_dtype=jnp.float32)
+        cap = self.config.final_soft_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _stack(spec: LayerSpec, num_layers: int, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> Layer:
+    """`num_layers` layers of one kind in one module, every parameter with a leading axis."""
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def make(rngs: nnx.Rngs) -> Layer:
+        return Layer(spec, config, dtype=dtype, rngs=rngs)
+
+    stacked: Layer = make(rngs)
+    return stacked
+
+
+def _scan_stage(
+    stage: Stage, stacked: Sequence[Layer], x: Float[Array, "R T D"], cache: Array | None, step: Step
+) -> tuple[Float[Array, "R T D"], Array | None]:
+    graphs, states = zip(*(nnx.split(layer) for layer in stacked), strict=True)
+
+    def period(carry: tuple[Array, Array | None], xs: tuple[list[Params], Array]) -> Any:
+        layers = [nnx.merge(graph, state) for graph, state in zip(graphs, xs[0], strict=True)]
+        return run_period(layers, *carry, xs[1], step), None
+
+    firsts = jnp.arange(stage.num_repeats, dtype=jnp.int32) * len(stage.period) + stage.first_layer
+    (x, cache), _ = jax.lax.scan(period, (x, cache), ([nnx.to_pure_dict(s) for s in states], firsts))
+    return x, cache
+
+
+class AbstractDecoder:
+    """The decoder before its weights exist: parameter specs, and `bind` to run it with a dict of arrays."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        self.config = config
+        self._graph, state = nnx.split(abstract)
+        self.specs = _specs(state)
+
+    def bind(self, params: Params) -> Decoder:
+        """The module with these arrays as its parameters; works on tracers."""
+        decoder: Decoder = nnx.merge(self._graph, params)
+        return decoder
+
+
+def _specs(state: nnx.State) -> SpecTree:
+    specs: SpecTree = {}
+    for path, param in nnx.to_flat_state(state):
+        axes = param.get_metadata("axes")
+        if path[0] == "stages":
+            axes = ("layers", *axes)
+        node = specs
+        for key in path[:-1]:
+            node = node.setdefault(key, {})  # type: ignore[assignment]
+        node[path[-1]] = ParamSpec(tuple(param.shape), param.dtype, axes)
+    return specs

@@ -1,0 +1,91 @@
+"""The paged KV cache: one array for all layers, updated in place."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ..errors import ConfigError
+from ..pallas_kernels.dispatch import KernelChoices
+from ..pallas_kernels.paged_attention import PagedAttentionSpec, PagedBatch, paged_attention, write_kv
+from ..sharding.axes import Axes
+from ..sharding.rules import Placement
+from ..sharding.specs import ParamSpec
+from .batch import StepBatch
+from .config import AttentionSpec, ModelConfig
+
+CACHE_AXES: Axes = ("shard", "layers", "pages", None, "cache_heads", "page", "head_dim")
+
+
+def num_cache_heads(config: ModelConfig, placement: Placement) -> int:
+    """KV heads as the cache holds them: repeated where there are fewer than tensor shards.
+
+    Raises ConfigError if neither number divides the other.
+    """
+    heads, parts = config.num_kv_heads, placement.size("tensor")
+    if heads % parts and parts % heads:
+        raise ConfigError(
+            f"{heads} KV heads do not split over the mesh axis tensor of {parts} devices, nor repeat evenly over it. "
+            f"Choose a tensor size that divides {heads} or is a multiple of it."
+        )
+    return max(heads, parts)
+
+
+def cache_spec(
+    config: ModelConfig, placement: Placement, num_pages: int, page_size: int, dtype: DTypeLike
+) -> ParamSpec:
+    """[R, L, P, 2, K, Z, H]: `num_pages` pages of `page_size` tokens for each data shard."""
+    heads = num_cache_heads(config, placement)
+    shape = (placement.num_shards, config.num_layers, num_pages, 2, heads, page_size, config.head_dim)
+    return ParamSpec(shape, jnp.dtype(dtype), CACHE_AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class PagedAttend:
+    """Writes a step's keys and values into their pages, then attends over them: each shard on its own."""
+
+    batch: StepBatch
+    placement: Placement
+    kernels: KernelChoices
+    one_query_per_slot: bool
+
+    def __call__(
+        self, q: Float[Array, "R T N H"], k: Float[Array, "R T K H"], v: Float[Array, "R T K H"], cache: Array | None,
+        layer: jax.Array, spec: AttentionSpec, sinks: Float[Array, " N"] | None,
+    ) -> tuple[Float[Array, "R T N H"], Array | None]:  # fmt: skip
+        assert cache is not None
+        repeats = cache.shape[4] // k.shape[2]
+        if repeats > 1:
+            k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
+        batch = self.batch
+        heads: Axes = ("shard", "tokens", "heads", "head_dim")
+        kv: Axes = ("shard", "tokens", "cache_heads", "head_dim")
+        arrays = [q, k, v, cache, layer, batch.positions, batch.rows, batch.page_tables, batch.cu_query_lens]
+        axes: list[Axes] = [heads, kv, kv, CACHE_AXES, (), ("shard", "tokens"), ("shard", "tokens")]
+        axes += [("shard", "slots", None), ("shard", "slots")]
+        arrays, axes = [*arrays, batch.kv_lens], [*axes, ("shard", "slots")]
+        if sinks is not None:
+            arrays, axes = [*arrays, sinks], [*axes, ("heads",)]
+        run = self.placement.map_shards(functools.partial(self._local, spec), axes, [heads, CACHE_AXES])
+        out, cache = run(*arrays)
+        return out, cache
+
+    def _local(
+        self, spec: AttentionSpec, q: Array, k: Array, v: Array, cache: Array, layer: Array, positions: Array,
+        rows: Array, page_tables: Array, cu_query_lens: Array, kv_lens: Array, sinks: Array | None = None,
+    ) -> tuple[Array, Array]:  # fmt: skip
+        # Every array but layer and sinks arrives with R = 1: this device's own data shard.
+        cache, tables, positions, rows = cache[0], page_tables[0], positions[0], rows[0]
+        num_pages, page_size = cache.shape[1], cache.shape[4]
+        is_padding = rows >= tables.shape[0]
+        pages = jnp.where(is_padding, num_pages, tables.at[rows, positions // page_size].get(mode="clip"))
+        cache = write_kv(cache, layer, k[0], v[0], pages, positions % page_size)
+        attention = PagedAttentionSpec(
+            scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, one_query_per_slot=self.one_query_per_slot
+        )
+        paged = PagedBatch(tables, cu_query_lens[0], kv_lens[0])
+        out = paged_attention(q[0], cache, layer, paged, spec=attention, kernels=self.kernels, sinks=sinks)
+        return out[None], cache[None]

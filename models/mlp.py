@@ -1,0 +1,33 @@
+"""The gated MLP."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from .config import Activation, MlpSpec
+from .linear import Linear
+from .step import Step
+
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class Mlp(nnx.Module):
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(self, spec: MlpSpec, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        self.spec = spec
+        inner = (spec.mlp_dim, embed_dim)
+        self.gate = Linear(inner, ("mlp", "embed"), bias=spec.bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(inner, ("mlp", "embed"), bias=spec.bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(inner[::-1], ("embed", "mlp"), bias=spec.bias, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "R T D"], step: Step) -> Float[Array, "R T D"]:
+        inner = ACTIVATIONS[self.spec.activation](self.gate(x, step)) * self.up(x, step)
+        return self.down(step.placement.constrain(inner, "shard", "tokens", "mlp"), step)

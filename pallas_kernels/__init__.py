@@ -1,0 +1,1 @@
+"""How the hot operations are computed: one folder per operation, one table of implementations each."""

@@ -1,0 +1,87 @@
+"""How an operation finds the implementation that serves one problem: an ordered table, reasons, and no silent fallback."""
+
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from ..errors import KernelError
+
+Platform = Literal["cpu", "gpu"]
+Operation = Literal["paged_attention", "quantized_matmul", "grouped_matmul"]
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation[Problem]:
+    """One way to compute an operation; `unsupported(problem)` is None if it serves, else the reason in words."""
+
+    name: str
+    fn: Callable[..., Any]
+    unsupported: Callable[[Problem], str | None]
+
+
+def anywhere(problem: object) -> None:
+    """The `unsupported` of an implementation that serves every problem."""
+    return None
+
+
+def choose[Problem](
+    operation: str, table: Sequence[Implementation[Problem]], problem: Problem, name: str | None = None
+) -> Implementation[Problem]:
+    """The first implementation in the table that serves the problem, or the named one.
+
+    Raises KernelError if the named one does not exist or cannot serve, and, with every reason, if none can.
+    """
+    named = [entry for entry in table if name in (None, entry.name)]
+    if not named:
+        names = ", ".join(entry.name for entry in table)
+        raise KernelError(f"{operation} has no implementation named {name!r}; choose one of: {names}")
+    reasons = []
+    for entry in named:
+        reason = entry.unsupported(problem)
+        if reason is None:
+            return entry
+        reasons.append(f"{entry.name}: {reason}")
+    raise KernelError(f"no implementation of {operation} serves {problem}: " + "; ".join(reasons))
+
+
+class KernelChoices:
+    """One runtime's choices of implementations: the platform it computes on, and the names that were asked for.
+
+    Operations ask it while a program is traced, so nothing is chosen at run time; it remembers what it chose, so
+    each choice is logged once a runtime and can be shown (`made`).
+    """
+
+    def __init__(self, platform: Platform, named: Mapping[str, str] | None = None) -> None:
+        """`named` maps an operation to the one implementation to use; raises KernelError for unknown words."""
+        named = dict(named or {})
+        if platform not in get_args(Platform):
+            raise KernelError(f"expected a platform among {get_args(Platform)}, got {platform!r}")
+        for operation in named:
+            if operation not in get_args(Operation):
+                raise KernelError(f"there is no operation {operation!r}; expected one of {get_args(Operation)}")
+        self.platform: Platform = platform
+        self._named = named
+        self._made: dict[tuple[Operation, Hashable], str] = {}
+        self._lock = threading.Lock()  # programs may be traced in several threads
+
+    @property
+    def made(self) -> tuple[tuple[Operation, str], ...]:
+        """The (operation, implementation name) pairs chosen so far, each once, in order of first use."""
+        with self._lock:
+            return tuple(dict.fromkeys((operation, name) for (operation, _), name in self._made.items()))
+
+    def choose[Problem: Hashable](
+        self, operation: Operation, table: Sequence[Implementation[Problem]], problem: Problem
+    ) -> Implementation[Problem]:
+        """As the function `choose`, with this runtime's named implementation; logs a pair when it is first made."""
+        entry = choose(operation, table, problem, self._named.get(operation))
+        with self._lock:
+            is_new = (operation, entry.name) not in ((made, name) for (made, _), name in self._made.items())
+            self._made[operation, problem] = entry.name
+        if is_new:
+            _logger.info("%s on %s: %s", operation, self.platform, entry.name)
+        return entry

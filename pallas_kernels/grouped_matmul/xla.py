@@ -1,0 +1,124 @@
+"""Grouped matmul in plain XLA: a loop over tiles of rows that share a group, so only groups with rows are read.
+
+Each turn is one dot of TILE rows with weight[e]; the loop ends with the last tile in use. A tile that reaches past its
+group writes zeros there, which the next group's tiles overwrite: tiles run in ascending order. XLA's own
+`ragged_dot` expands to every row times every group on the CPU (20 to 300 times slower there). The weights'
+memory bounds it for few rows a group, arithmetic for many.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from ..dispatch import Platform
+
+MAX_TILE_ROWS = {"cpu": 64, "gpu": 128}
+MIN_TILE_ROWS = {"cpu": 1, "gpu": 16}  # tensor cores want 16
+
+
+def grouped_matmul(
+    x: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, platform: Platform, out_dtype: DTypeLike
+) -> jax.Array:
+    """See the contract."""
+    rows_wanted = 2 * x.shape[0] // weight.shape[0]  # twice the mean, since groups are uneven
+    tile_rows = MIN_TILE_ROWS[platform]
+    while tile_rows < min(rows_wanted, MAX_TILE_ROWS[platform]):
+        tile_rows *= 2
+    return _grouped_matmul(tile_rows, jnp.dtype(out_dtype), x, weight, group_sizes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))  # a loop with a traced end has no reverse mode of its own
+def _grouped_matmul(
+    tile_rows: int, out_dtype: jnp.dtype, x: jax.Array, weight: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+    return _map_tiles(tile_rows, out_dtype, x, weight, group_sizes, contract_axis=2)
+
+
+def _forward(
+    tile_rows: int, out_dtype: jnp.dtype, x: jax.Array, weight: jax.Array, group_sizes: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _grouped_matmul(tile_rows, out_dtype, x, weight, group_sizes), (x, weight, group_sizes)
+
+
+def _backward(
+    tile_rows: int, out_dtype: jnp.dtype, saved: tuple[jax.Array, ...], cotangent: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    x, weight, group_sizes = saved
+    x_grad = _map_tiles(tile_rows, x.dtype, cotangent, weight, group_sizes, contract_axis=1)
+    tiles, padded_x = _Tiles.of(group_sizes, tile_rows), _pad_rows(x, tile_rows)
+    padded_cotangent = _pad_rows(cotangent, tile_rows)
+
+    def add_tile(tile: jax.Array, total: jax.Array) -> jax.Array:
+        group, start, used = tiles.place(tile)
+        rows = jnp.where(used, jax.lax.dynamic_slice_in_dim(padded_x, start, tile_rows), 0)
+        product = _dot(jax.lax.dynamic_slice_in_dim(padded_cotangent, start, tile_rows), rows, (0, 0))
+        return total.at[group].add(product)
+
+    weight_grad = jax.lax.fori_loop(0, tiles.count, add_tile, jnp.zeros(weight.shape, jnp.float32))
+    return x_grad, weight_grad.astype(weight.dtype), None
+
+
+_grouped_matmul.defvjp(_forward, _backward)
+
+
+class _Tiles(NamedTuple):
+    """The tiles of a grouping, numbered in the order of their rows; `tile_rows` is the rows of one."""
+
+    tile_rows: int
+    row_ends: jax.Array  # [E], after each group's last row
+    tile_ends: jax.Array  # [E], after each group's last tile
+
+    @classmethod
+    def of(cls, group_sizes: jax.Array, tile_rows: int) -> "_Tiles":
+        """Every group starts a new tile; an empty one has none."""
+        return cls(tile_rows, jnp.cumsum(group_sizes), jnp.cumsum((group_sizes + tile_rows - 1) // tile_rows))
+
+    @property
+    def count(self) -> jax.Array:
+        """Tiles with rows."""
+        return self.tile_ends[-1]
+
+    def place(self, tile: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A tile's group, its first row, and which of its rows [tile_rows, 1] are its group's."""
+        group = jnp.searchsorted(self.tile_ends, tile, side="right")
+        before = jnp.where(group > 0, group - 1, 0)
+        first_row = jnp.where(group > 0, self.row_ends[before], 0)
+        first_tile = jnp.where(group > 0, self.tile_ends[before], 0)
+        start = first_row + (tile - first_tile) * self.tile_rows
+        return group, start, (start + jnp.arange(self.tile_rows) < self.row_ends[group])[:, None]
+
+
+def _map_tiles(
+    tile_rows: int, out_dtype: jnp.dtype, x: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, contract_axis: int
+) -> jax.Array:
+    """Each row times its group's weight, contracted over that axis of [E, out, in]."""
+    tiles, padded = _Tiles.of(group_sizes, tile_rows), _pad_rows(x, tile_rows)
+
+    def write_tile(tile: jax.Array, output: jax.Array) -> jax.Array:
+        group, start, used = tiles.place(tile)
+        product = _dot(jax.lax.dynamic_slice_in_dim(padded, start, tile_rows), weight[group], (1, contract_axis - 1))
+        product = jnp.where(used, product, 0).astype(out_dtype)
+        return jax.lax.dynamic_update_slice_in_dim(output, product, start, axis=0)
+
+    out_dim = weight.shape[3 - contract_axis]
+    output = jax.lax.fori_loop(0, tiles.count, write_tile, jnp.zeros((padded.shape[0], out_dim), out_dtype))
+    return output[: x.shape[0]]
+
+
+def _pad_rows(x: jax.Array, num_rows: int) -> jax.Array:
+    """Room for a last tile that reaches past the last row, since a slice out of range would be moved."""
+    return jnp.pad(x, ((0, num_rows), (0, 0)))
+
+
+def _dot(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """x and y contracted over one axis each, in float32; HIGHEST keeps a GPU from rounding to TF32."""
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,41 @@
+"""The words of the paged attention contract: what varies at run time (PagedBatch) and what is compiled in (the specs)."""
+
+import dataclasses
+from typing import NamedTuple
+
+from jaxtyping import Array, Int32
+
+from ..dispatch import Platform
+
+
+class PagedBatch(NamedTuple):
+    """Who owns which query and which page, for one step. Entries of a page table past the slot's keys are never used."""
+
+    page_tables: Int32[Array, "B pages_per_slot"]
+    cu_query_lens: Int32[Array, "B+1"]  # slot b's queries are rows cu_query_lens[b] to cu_query_lens[b + 1]
+    kv_lens: Int32[Array, " B"]  # keys of each slot, those of this step included
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedAttentionSpec:
+    """What one attention layer asks for. `one_query_per_slot`: T == B and row b is the only query of slot b."""
+
+    scale: float  # multiplies q·k
+    window: int | None = None  # keys a query sees, itself included
+    soft_cap: float | None = None  # scores become cap * tanh(scores / cap)
+    one_query_per_slot: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedAttentionProblem:
+    """What an implementation may be unable to serve."""
+
+    platform: Platform
+    spec: PagedAttentionSpec
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: str  # of the queries
+    cache_dtype: str
+    has_sinks: bool

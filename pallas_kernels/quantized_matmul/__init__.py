@@ -1,0 +1,40 @@
+"""Activations times a weight [out, in]: every linear layer."""
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ...errors import KernelError
+from ..dispatch import Implementation, KernelChoices, anywhere
+from . import reference, xla
+from .contract import MatmulProblem, QuantizedWeight, Weight
+
+__all__ = ["TABLE", "MatmulProblem", "QuantizedWeight", "Weight", "matmul"]
+
+TABLE: tuple[Implementation[MatmulProblem], ...] = (
+    Implementation("xla", xla.matmul, anywhere),
+    Implementation("reference", reference.matmul, anywhere),
+)
+
+
+def matmul(
+    x: Float[Array, "*rows in"], weight: Weight, *, kernels: KernelChoices, out_dtype: DTypeLike | None = None
+) -> Float[Array, "*rows out"]:
+    """x times the transposed weight, accumulated in float32, as out_dtype (x's own if None); differentiable in x
+    and in a plain weight.
+
+    float32 means float32: no TF32. Raises KernelError if the shapes disagree or the implementation cannot serve.
+    """
+    out_dim, in_dim = weight.shape
+    if x.shape[-1] != in_dim:
+        raise KernelError(f"a weight [out, in] = {weight.shape} wants activations of width {in_dim}, got {x.shape}")
+    problem = MatmulProblem(
+        platform=kernels.platform,
+        format="int8_channel" if isinstance(weight, QuantizedWeight) else "plain",
+        in_dim=in_dim,
+        out_dim=out_dim,
+        dtype=x.dtype.name,
+    )
+    chosen = kernels.choose("quantized_matmul", TABLE, problem)
+    output: jax.Array = chosen.fn(x, weight, platform=kernels.platform, out_dtype=out_dtype or x.dtype)
+    return output

@@ -1,0 +1,169 @@
+"""Runtime: the whole library from Python."""
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from ..errors import InvalidRequestError
+from .assembly import assemble
+from .chat_template import ChatRenderer
+from .config import RuntimeConfig
+from .handle import RequestHandle
+from .request import Prompt, RequestLimits, RequestOutput, validate
+from .sampling_params import SamplingParams
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+class Runtime:
+    """A model, compiled and placed, that answers requests until it is closed.
+
+    Thread-safe. Opening it checks the checkpoint, places the weights and compiles every program; after that nothing
+    compiles.
+    """
+
+    def __init__(self, config: RuntimeConfig | None = None) -> None:
+        """Raises ConfigError, CheckpointError, KernelError or OutOfMemoryError, before any request is taken."""
+        engine = assemble(config or RuntimeConfig())
+        self.config = engine.config  # complete: no option of it is None that has a value
+        self.default_sampling_params = engine.source.default_sampling_params
+        self._loop = engine.loop
+        self._tokenizer = engine.source.tokenizer
+        self._limits = RequestLimits(
+            vocab_size=engine.source.config.vocab_size,
+            max_context_len=engine.max_context_len,
+            eos_ids=engine.source.eos_ids,
+            tokenizer=self._tokenizer,
+        )
+        tokenizer = self._tokenizer
+        self._chat = ChatRenderer(*((tokenizer.chat_template, tokenizer.special_tokens) if tokenizer else (None, {})))
+        self._request_numbers = itertools.count()
+        self._close_at_exit = weakref.finalize(self, _close, self._loop, self._chat)
+
+    @classmethod
+    def from_pretrained(cls, model: str = "embedded", **options: Any) -> "Runtime":
+        """Open a model: "embedded", a Hugging Face directory, a store, or org/name; options are RuntimeConfig's."""
+        return cls(RuntimeConfig(model=str(model), **options))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete every prompt; outputs in the order of the prompts.
+
+        A prompt is a string or a list of token ids; `sampling_params` is one for all or one for each, None the
+        checkpoint's defaults. Every prompt is checked before the first runs.
+
+        Raises:
+          InvalidRequestError: a prompt or an option is wrong; nothing was run.
+        """
+        batch = _as_batch(prompts)
+        params = self._params_for(batch, sampling_params)
+        handles = [self._make_handle(prompt, p) for prompt, p in zip(batch, params, strict=True)]
+        self._loop.submit(handles)
+        try:
+            progress = tqdm(handles, desc="generating", unit="request", delay=1, disable=not use_tqdm)
+            return [handle.result() for handle in progress]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Outputs that hold only what is new, as it comes; closing the iterator cancels the request."""
+        return _stream(self.submit(prompt, sampling_params))
+
+    def submit(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> RequestHandle:
+        """Start a request and return at once.
+
+        Raises:
+          InvalidRequestError: the prompt or an option is wrong.
+        """
+        handle = self._make_handle(prompt, self._params_for([prompt], sampling_params)[0])
+        self._loop.submit([handle])
+        return handle
+
+    def chat(
+        self, messages: Messages, sampling_params: SamplingParams | None = None, **template_options: Any
+    ) -> RequestOutput:
+        """Answer a conversation of {"role": ..., "content": ...} through the checkpoint's chat template.
+
+        `template_options` are the template's own (tools, enable_thinking ...).
+        """
+        handle = self._submit_chat(messages, sampling_params, template_options)
+        try:
+            return handle.result()
+        except BaseException:
+            handle.cancel()
+            raise
+
+    def stream_chat(
+        self, messages: Messages, sampling_params: SamplingParams | None = None, **template_options: Any
+    ) -> Iterator[RequestOutput]:
+        """As `chat`, piece by piece."""
+        return _stream(self._submit_chat(messages, sampling_params, template_options))
+
+    def close(self) -> None:
+        """Abort what is running and end the step loop; closing twice does nothing."""
+        self._close_at_exit()
+
+    def __enter__(self) -> "Runtime":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _params_for(self, prompts: Sequence[Prompt], given: Any) -> list[SamplingParams]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or self.default_sampling_params] * len(prompts)
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise InvalidRequestError(f"sampling_params must be SamplingParams or a list of them, got {given!r:.80}")
+        if len(given) != len(prompts):
+            raise InvalidRequestError(f"{len(prompts)} prompts want as many sampling_params, got {len(given)}")
+        return list(given)
+
+    def _make_handle(self, prompt: Prompt, params: SamplingParams, text: str | None = None) -> RequestHandle:
+        request = validate(str(next(self._request_numbers)), prompt, params, self._limits, text=text)
+        return RequestHandle(request, self._tokenizer, self._loop.cancel)
+
+    def _submit_chat(
+        self, messages: Messages, params: SamplingParams | None, options: Mapping[str, Any]
+    ) -> RequestHandle:
+        if self._tokenizer is None:
+            raise InvalidRequestError("chat needs a tokenizer, which this checkpoint does not have")
+        text = self._chat.render(messages, template_kwargs=options)
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        handle = self._make_handle(ids, params or self.default_sampling_params, text)
+        self._loop.submit([handle])
+        return handle
+
+
+def _as_batch(prompts: Any) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | Mapping) or not hasattr(prompts, "__iter__"):
+        raise InvalidRequestError(f"prompts must be a string, token ids, or a list of either, got {prompts!r:.80}")
+    items = list(prompts)
+    if items and all(not isinstance(item, str) and not hasattr(item, "__iter__") for item in items):
+        return [items]  # one prompt of token ids
+    return items
+
+
+def _stream(handle: RequestHandle) -> Iterator[RequestOutput]:
+    try:
+        yield from handle
+    finally:
+        if not handle.finished:
+            handle.cancel()
+
+
+def _close(loop: Any, chat: ChatRenderer) -> None:
+    loop.close()
+    chat.close()

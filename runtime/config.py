@@ -1,0 +1,118 @@
+"""RuntimeConfig: everything that one deployment decides, and nothing that one request does. Imports no jax."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ..errors import ConfigError
+
+DType = Literal["float32", "bfloat16", "float16"]
+_DTYPE_SPELLINGS: dict[str, DType] = {
+    "float32": "float32", "fp32": "float32", "f32": "float32", "float": "float32",
+    "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "f16": "float16", "half": "float16",
+}  # fmt: skip
+DEFAULT_CONTEXT_LEN = 8192
+DEFAULT_STEP_TOKENS = 512
+DEFAULT_CACHE_DIR = Path("~/.cache/millrace/programs")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How a model is served. None stands for the default in the comment; `Runtime.config` holds what was chosen.
+
+    Raises:
+      ConfigError: on construction, for an option of a wrong type or out of range.
+    """
+
+    model: str = "embedded"  # "embedded", a directory (Hugging Face or store), or org/name
+    revision: str | None = None  # of org/name: the main branch
+    dtype: str | None = None  # of weights and activations: the checkpoint's own
+    max_context_len: int | None = None  # prompt and output, in tokens: the checkpoint's own, at most 8192
+    num_slots: int = 32  # sequences that run at once, on each data shard
+    page_size: int = 16  # tokens of a KV cache page
+    max_step_tokens: int | None = None  # query tokens of one step, on each data shard: 512, or twice num_slots if more
+    kv_cache_bytes: int | None = None  # on each device: what num_slots full contexts need, within the free memory
+    kv_cache_dtype: str | None = None  # as dtype
+    mesh: tuple[tuple[str, int], ...] | None = None  # sizes of mesh axes: every axis 1
+    seed: int = 0  # of what is random in the runtime itself; requests carry their own
+    prefix_caching: bool = True  # pages of equal beginnings are computed once
+    max_decode_steps: int = 8  # decode steps of one dispatch when nothing waits
+    compile_cache_dir: str | None = None  # compiled programs: ~/.cache/millrace/programs; "" keeps none
+    kernels: tuple[tuple[str, str], ...] = ()  # (operation, implementation) pairs to force
+    progress: bool = True  # bars on stderr for loading and compiling
+
+    def __post_init__(self) -> None:
+        _check_text(self, "model", "revision", "compile_cache_dir")
+        if not self.model:
+            raise ConfigError('model must be "embedded", a directory or org/name; it is empty.')
+        for name, low, high in _INTEGERS:
+            _check_integer(name, getattr(self, name), low, high, optional=name in _OPTIONAL)
+        for name in ("dtype", "kv_cache_dtype"):
+            object.__setattr__(self, name, _dtype(name, getattr(self, name)))
+        for name in ("prefix_caching", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        object.__setattr__(self, "mesh", None if self.mesh is None else _pairs("mesh", self.mesh, int))
+        object.__setattr__(self, "kernels", _pairs("kernels", self.kernels, str))
+        if self.max_step_tokens is not None and self.max_step_tokens <= self.num_slots:
+            raise ConfigError(
+                f"max_step_tokens ({self.max_step_tokens}) must be more than num_slots ({self.num_slots}), so that a "
+                "step holds a token of every sequence and some of a prompt. Raise max_step_tokens or lower num_slots."
+            )
+
+    def replace(self, **changes: Any) -> "RuntimeConfig":
+        """A copy with some options changed."""
+        return dataclasses.replace(self, **changes)
+
+
+_INTEGERS = (
+    ("max_context_len", 2, 2**24),
+    ("num_slots", 1, 2**16),
+    ("page_size", 1, 1024),
+    ("max_step_tokens", 2, 2**20),
+    ("kv_cache_bytes", 1, 2**50),
+    ("max_decode_steps", 1, 256),
+    ("seed", 0, 2**64 - 1),
+)
+_OPTIONAL = ("max_context_len", "max_step_tokens", "kv_cache_bytes")
+
+
+def _check_text(config: RuntimeConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, Path) and name != "revision":
+            object.__setattr__(config, name, str(value))
+        elif not isinstance(value, str) and not (value is None and name != "model"):
+            raise ConfigError(f"{name} must be a string, got {value!r}.")
+
+
+def _check_integer(name: str, value: object, low: int, high: int, *, optional: bool) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r:.80}.")
+
+
+def _dtype(name: str, value: object) -> DType | None:
+    """The canonical spelling."""
+    if value is None:
+        return None
+    if isinstance(value, str) and value.lower() in _DTYPE_SPELLINGS:
+        return _DTYPE_SPELLINGS[value.lower()]
+    raise ConfigError(f"{name} must be one of {', '.join(get_args(DType))} (bf16, fp16, fp32 too), got {value!r:.80}.")
+
+
+def _pairs(name: str, value: object, kind: type) -> tuple[tuple[str, Any], ...]:
+    """A dict or a sequence of pairs, as a tuple of pairs."""
+    items = value.items() if isinstance(value, dict) else value
+    try:
+        pairs = tuple((key, item) for key, item in items)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} must hold (name, value) pairs, got {value!r:.80}.") from None
+    for key, item in pairs:
+        if not isinstance(key, str) or isinstance(item, bool) or not isinstance(item, kind):
+            raise ConfigError(f"{name} must hold pairs of a name and {kind.__name__}, got {(key, item)!r:.80}.")
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ConfigError(f"{name} names something twice: {value!r:.80}.")
+    return pairs

@@ -1,0 +1,94 @@
+"""Owns what is on the devices: parameters, KV cache, slot state, programs. Runs plans; never waits for a result."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..models.decoder import Params
+from .batching import Batcher
+from .buckets import Bucket, pick
+from .logprobs import Scores
+from .plan import StepPlan
+from .programs import Programs, StepModel, StepOutputs
+from .sequence import Sequence
+from .slot_state import SlotState, slot_row
+
+
+class StepResult:
+    """A step's outputs, on their way from the device; reading them waits."""
+
+    def __init__(self, outputs: StepOutputs) -> None:
+        self._outputs = outputs
+        self._scores: Scores | None = None
+        self._prompt: Scores | None = None
+        outputs.sampled.tokens.copy_to_host_async()
+
+    def tokens(self) -> np.ndarray:
+        """[num_steps, R, B]."""
+        return np.asarray(self._outputs.sampled.tokens)
+
+    def scores(self) -> Scores:
+        """Of the sampled tokens, arrays [num_steps, R, B, ...] on the host."""
+        if self._scores is None:
+            self._scores = Scores(*(np.asarray(getattr(self._outputs.sampled, name)) for name in Scores._fields))
+        return self._scores
+
+    def prompt_scores(self) -> Scores:
+        """Of the token after each of the step's, arrays [R, T, ...] on the host."""
+        assert self._outputs.prompt is not None
+        if self._prompt is None:
+            self._prompt = Scores(*(np.asarray(array) for array in self._outputs.prompt))
+        return self._prompt
+
+
+class Executor:
+    """The device side of the step loop, called by one thread."""
+
+    def __init__(self, model: StepModel, buckets: tuple[Bucket, ...], programs: Programs, params: Params) -> None:
+        self._model = model
+        self._buckets = buckets
+        self._programs = programs
+        self._params = params
+        self._batcher = Batcher(model.placement.num_shards, model.num_slots, model.pages_per_slot)
+        self._state = programs.initial_state()
+        self._per_shard = model.placement.sharding(("shard", None))
+        self._everywhere = model.placement.sharding(())
+        self._is_one_device = model.placement.mesh.size == 1
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Dispatch a step; the device works on it after those dispatched before.
+
+        Raises:
+          ProgramError: the step has a shape for which nothing was compiled.
+        """
+        for sequence in plan.admitted:
+            self._install(sequence)
+        bucket = pick(self._buckets, plan.is_decode, plan.num_tokens)
+        control = self._batcher.pack(plan, bucket)
+        packed: Any = control.packed
+        flags: Any = control.flags
+        if not self._is_one_device:  # numpy goes to one device first, unless told where
+            packed, flags = jax.device_put((packed, flags), (self._per_shard, self._everywhere))
+        self._state, outputs = self._programs.steps[bucket](self._params, self._state, packed, flags)
+        return StepResult(outputs)
+
+    def _install(self, sequence: Sequence) -> None:
+        self._batcher.admit(sequence)
+        request = sequence.request
+        row: SlotState = slot_row(
+            self._model.decoder.config.vocab_size,
+            prompt_ids=request.prompt_token_ids,
+            output_ids=sequence.tokens[sequence.prompt_len :],
+            logit_bias=request.params.logit_bias,
+            allowed_ids=request.params.allowed_token_ids,
+            bad_words=request.bad_word_ids,
+            stop_ids=sorted(request.stop_ids),
+        )
+        slots = np.full(self._model.placement.num_shards, self._model.num_slots, np.int32)
+        slots[sequence.shard] = sequence.slot
+        arguments: Any = (slots, row)
+        if not self._is_one_device:
+            rows = jax.tree.map(lambda _: self._everywhere, row)
+            arguments = jax.device_put(arguments, (self._model.placement.sharding(("shard",)), rows))
+        self._state = self._programs.install(self._state, *arguments)

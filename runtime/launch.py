@@ -1,0 +1,101 @@
+"""The launcher: `millrace COMMAND --flags`, or `python -m millrace.runtime.launch COMMAND --flags`.
+
+Results go to stdout, words and progress to stderr. Exit codes: 0, 1 for an error (one line on stderr), 2 for a wrong
+command line, 130 after Ctrl-C, 141 where the reader of a pipe went away.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, MillraceError
+from .commands import COMMANDS, Command, OpenRuntime
+from .flags import describe, parse
+from .spelling import nearest
+
+if TYPE_CHECKING:
+    from .api import Runtime
+
+HELP = ("--help", "-help", "-h", "help")
+
+
+def main(argv: Sequence[str] | None = None, open_runtime: OpenRuntime | None = None) -> int:
+    """Run one command line (without the program's name) and return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments, open_runtime or _open_runtime)
+    except KeyboardInterrupt:
+        print("millrace: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (MillraceError, OSError) as error:
+        return _say(str(error), 1)
+    except Exception as error:
+        if "--log_level=debug" in arguments:
+            traceback.print_exc()
+        return _say(f"{type(error).__name__}: {error} (a bug; --log_level=debug shows where)", 1)
+
+
+def _run(arguments: list[str], open_runtime: OpenRuntime) -> int:
+    """Find the command, parse its flags, do it."""
+    if not arguments or arguments[0] in HELP:
+        print(_overview())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from .. import __version__
+
+        print(f"millrace {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        return _say(f"unknown command {name!r}: {nearest(name, COMMANDS)}", 2)
+    module = COMMANDS[name].load()
+    if any(argument in HELP[:3] for argument in rest):
+        print(f"usage: millrace {name} [--flags]\n\n{(module.__doc__ or '').strip()}\n{describe(module.GROUPS)}")
+        return 0
+    try:
+        values = parse(module.GROUPS, rest, f"millrace {name}")
+    except ConfigError as error:
+        return _say(f"{error} (millrace {name} --help lists the flags)", 2)
+    _log_at(values["log_level"])
+    return module.run(values, open_runtime)
+
+
+def _overview() -> str:
+    def line(command: Command) -> str:
+        return f"  {command.name:<10}{command.summary}"
+
+    commands = "\n".join(line(command) for command in COMMANDS.values())
+    return f"usage: millrace COMMAND [--flags]\n\n{commands}\n\nmillrace COMMAND --help lists a command's flags."
+
+
+def _say(message: str, code: int) -> int:
+    """One line on stderr, whatever the message holds."""
+    print("millrace: " + " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _log_at(level: str) -> None:
+    from absl import logging
+
+    logging.use_absl_handler()
+    logging.set_verbosity(level)
+
+
+def _open_runtime(values: Mapping[str, Any]) -> "Runtime":
+    """The runtime that the flags describe. jax is imported here, and not before."""
+    from .overrides import resolve
+
+    config = resolve(values)
+    from .api import Runtime
+
+    return Runtime(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""From the name of a model to what can be opened: the embedded store, a directory, or a repository of the hub."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError
+from ..models.config import ModelConfig
+from ..models.families import config_from_hf
+from .checkpoint import Checkpoint, open_checkpoint
+from .generation_defaults import default_sampling_params, eos_token_ids
+from .sampling_params import SamplingParams
+from .slot_state import MAX_STOP_IDS
+from .store import Store, is_store, open_store
+from .tokenizer import Tokenizer, load_tokenizer
+
+EMBEDDED_STORE = Path(__file__).parent.parent / "models" / "embedded" / "store"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model that was found sound; its weights are still on disk."""
+
+    weights: Checkpoint | Store
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    eos_ids: tuple[int, ...]
+    default_sampling_params: SamplingParams
+
+
+def open_model(model: str, revision: str | None) -> ModelSource:
+    """Find and check a model.
+
+    Raises:
+      CheckpointError: nothing is there, or it cannot be trusted or understood.
+    """
+    weights = _open(model, revision)
+    tokenizer = load_tokenizer(weights.path)
+    eos_ids = eos_token_ids(weights.generation_config, weights.config, tokenizer.eos_id if tokenizer else None)
+    if len(eos_ids) > MAX_STOP_IDS // 2:
+        raise CheckpointError(f"{weights.path}: at most {MAX_STOP_IDS // 2} eos_token_id are supported; got {len(eos_ids)}.")
+    return ModelSource(
+        weights=weights,
+        config=config_from_hf(dict(weights.config)),
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        default_sampling_params=default_sampling_params(weights.generation_config),
+    )
+
+
+def _open(model: str, revision: str | None) -> Checkpoint | Store:
+    if model == "embedded":
+        path = EMBEDDED_STORE
+    elif Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        path = Path(model).expanduser()
+        if not path.is_dir():
+            raise CheckpointError(
+                f'model {model!r} is not a directory, "embedded", or a repository org/name. Give the directory that '
+                "holds config.json."
+            )
+        if revision is not None:
+            raise CheckpointError(f"revision={revision!r} goes with org/name; {model!r} is a directory. Leave it out.")
+    else:
+        from .hub import download
+
+        path = download(model, revision)
+    return open_store(path) if is_store(path) else open_checkpoint(path)
+
+
+def compute_dtype(config: ModelConfig, wanted: str | None) -> np.dtype:
+    """The dtype of weights and activations: the one asked for, else the checkpoint's own."""
+    import ml_dtypes
+
+    name = wanted or config.dtype
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)

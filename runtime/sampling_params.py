@@ -1,0 +1,196 @@
+"""SamplingParams: how one request is sampled and when it ends. All that can be checked without a model is."""
+
+import dataclasses
+import numbers
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+from ..errors import InvalidRequestError
+from .spelling import nearest
+
+MAX_TOKEN_COUNT = 2**24  # past every context and vocabulary; a larger number is a mistake, "no limit" is None
+MAX_STOP_TOKEN_IDS = 32
+MAX_STOP_STRINGS, MAX_STOP_CHARS = 32, 512
+MIN_TEMPERATURE = 0.01  # vLLM's: below it logits / temperature loses its meaning, and near 0 it overflows
+
+
+class _Range(NamedTuple):
+    """The values from low to high; `above_low` leaves out low itself."""
+
+    low: float
+    high: float
+    above_low: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value is in range: an int compared exactly, however large; NaN is in none."""
+        return bool((self.low < value if self.above_low else self.low <= value) and value <= self.high)
+
+    def __str__(self) -> str:
+        return f"{'above' if self.above_low else 'from'} {self.low} up to {self.high}"
+
+
+_INTEGERS = {
+    "n": _Range(1, 128),
+    "top_k": _Range(-1, MAX_TOKEN_COUNT),
+    "min_tokens": _Range(0, MAX_TOKEN_COUNT),
+}
+_INTEGERS_OR_NONE = {
+    "max_tokens": _Range(1, MAX_TOKEN_COUNT),
+    "seed": _Range(0, 2**64 - 1),
+    "logprobs": _Range(0, 20),
+    "prompt_logprobs": _Range(0, 20),
+}
+# The outer bounds of temperature and repetition_penalty keep float32 logits finite; vLLM leaves some of them open.
+_NUMBERS = {
+    "temperature": _Range(0.0, 100.0),
+    "top_p": _Range(0.0, 1.0, above_low=True),
+    "min_p": _Range(0.0, 1.0),
+    "presence_penalty": _Range(-2.0, 2.0),
+    "frequency_penalty": _Range(-2.0, 2.0),
+    "repetition_penalty": _Range(0.01, 100.0),
+}
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "detokenize")
+_BIAS = _Range(-100.0, 100.0)
+_TOKEN_ID = _Range(0, 2**31 - 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How one request is sampled and when it ends.
+
+    `temperature` 0 is greedy; a positive one below 0.01 is raised to 0.01. `top_k` 0 or -1 is all (kept as 0), and
+    more than the vocabulary is all as well. A `seed` is an unsigned 64-bit integer; None draws a fresh one, which the
+    output reports. `max_tokens` None means up to the context, and a request that meets the context first ends with
+    "length". Until `min_tokens` exist neither EOS nor `stop_token_ids` can be sampled, and stop strings that end
+    within them do not count. `stop` and `bad_words` take one string or several. Penalties as vLLM: repetition over
+    prompt and output, presence and frequency over the output. Raises InvalidRequestError that names the option.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
+    skip_special_tokens: bool = True
+    detokenize: bool = True
+
+    def __new__(cls, **options: object) -> Self:
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"SamplingParams has no option {name!r}; {nearest(name, known)}")
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        for name, allowed in _INTEGERS.items():
+            self._set(name, _integer(name, getattr(self, name), allowed))
+        for name, allowed in _INTEGERS_OR_NONE.items():
+            if getattr(self, name) is not None:
+                self._set(name, _integer(name, getattr(self, name), allowed))
+        for name, allowed in _NUMBERS.items():
+            self._set(name, _number(name, getattr(self, name), allowed))
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} must be True or False, got {_shown(getattr(self, name))}")
+        self._normalise_collections()
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            self._set("temperature", MIN_TEMPERATURE)
+        self._set("top_k", max(self.top_k, 0))
+        self._check_combinations()
+
+    def replace(self, **changes: Any) -> Self:
+        """The same params with some options changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _normalise_collections(self) -> None:
+        self._set("stop", _strings("stop", self.stop))
+        self._set("bad_words", _strings("bad_words", self.bad_words))
+        self._set("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids))
+        if self.allowed_token_ids is not None:
+            self._set("allowed_token_ids", _token_ids("allowed_token_ids", self.allowed_token_ids))
+        if self.logit_bias is not None:
+            self._set("logit_bias", _biases(self.logit_bias))
+
+    def _check_combinations(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError(
+                "stop strings are found in text: use them with detokenize=True, or stop_token_ids"
+            )
+        if len(self.stop) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_CHARS for text in self.stop):
+            raise InvalidRequestError(f"stop takes at most {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARS} characters")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise InvalidRequestError(
+                f"stop_token_ids takes at most {MAX_STOP_TOKEN_IDS} ids, got {len(self.stop_token_ids)}"
+            )
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise InvalidRequestError("allowed_token_ids allows nothing: name at least one id, or None for all")
+
+
+def _shown(value: object) -> str:
+    """The value as an error message shows it: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4300 digits has no repr, and a user's type may have a broken one
+        text = f"a huge or unprintable {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _integer(name: str, value: object, allowed: _Range) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not allowed.holds(value):
+        raise InvalidRequestError(f"{name} must be an integer {allowed}, got {_shown(value)}")
+    return int(value)
+
+
+def _number(name: str, value: object, allowed: _Range) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not allowed.holds(value):
+        raise InvalidRequestError(f"{name} must be a number {allowed}, got {_shown(value)}")
+    return float(value)
+
+
+def _listed(name: str, value: object, of: str) -> list[object]:
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
+        raise InvalidRequestError(f"{name} must be a list of {of}, got {_shown(value)}")
+    return list(value)
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    """One string or several as a tuple without repeats; None, as vLLM has it, is none."""
+    texts = [value] if isinstance(value, str) else _listed(name, () if value is None else value, "strings")
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise InvalidRequestError(f"{name} must hold strings that are not empty, got {_shown(text)}")
+    return tuple(dict.fromkeys(str(text) for text in texts))
+
+
+def _token_ids(name: str, value: object) -> tuple[int, ...]:
+    ids = _listed(name, () if value is None else value, "token ids")
+    return tuple(dict.fromkeys(_integer(f"each of {name}", id, _TOKEN_ID) for id in ids))
+
+
+def _biases(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(f"logit_bias must be a dict of token id to bias, got {_shown(value)}")
+    return {
+        _integer("each key of logit_bias", id, _TOKEN_ID): _number(f"logit_bias[{_shown(id)}]", bias, _BIAS)
+        for id, bias in value.items()
+    }

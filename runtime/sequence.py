@@ -1,0 +1,53 @@
+"""One continuation of a request as the scheduler sees it."""
+
+import dataclasses
+import enum
+
+from .pages import ROOT_DIGEST
+from .request import Request
+
+
+class Status(enum.Enum):
+    """Waiting for a slot, holding one, or ended."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Sequence:
+    """Mutated by the scheduler alone.
+
+    `tokens` are the committed ones. While prefilling, `num_computed` of them have keys and values in `pages`, or will
+    have when the device gets to the steps planned so far; once decoding, the shard's arrays count instead.
+    """
+
+    request: Request
+    index: int  # among the request's n continuations
+    arrival: tuple[int, int]  # order of age: request number, index
+    max_len: int  # tokens at which it ends by length
+    tokens: list[int]
+    status: Status = Status.WAITING
+    shard: int = -1
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    num_computed: int = 0  # tokens whose keys and values are written by the steps planned so far
+    num_admissions: int = 0  # rows of an earlier admission must not touch the pages of a later one
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    root_digest: bytes = ROOT_DIGEST
+    digest: bytes = ROOT_DIGEST  # of the last page made findable
+    num_findable_pages: int = 0
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def prompt_len(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        """Committed tokens past the prompt."""
+        return len(self.tokens) - self.prompt_len

@@ -1,0 +1,106 @@
+"""The slots and pages of one data shard, and what their sequences do next."""
+
+import numpy as np
+
+from .pages import PagePool, page_digest
+from .sequence import Sequence, Status
+
+
+class Shard:
+    """Per-slot numbers live in arrays, so that a thousand slots cost a step no more than ten."""
+
+    def __init__(self, index: int, num_slots: int, num_pages: int, page_size: int, pages_per_slot: int) -> None:
+        self.index = index
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        self.free_slots = list(range(num_slots))[::-1]
+        self.sequences: list[Sequence | None] = [None] * num_slots
+        self.prefilling: list[Sequence] = []  # in order of admission
+        self.is_decoding = np.zeros(num_slots, bool)
+        self.positions = np.zeros(num_slots, np.int32)  # of the next token to feed in
+        self.remaining = np.zeros(num_slots, np.int32)  # tokens that may still be sampled
+        self.num_pages = np.zeros(num_slots, np.int32)
+        self.admissions = np.zeros(num_slots, np.int32)
+        self.page_tables = np.zeros((num_slots, pages_per_slot), np.int32)
+
+    def decoding_slots(self) -> np.ndarray:
+        """Slots that feed their last sampled token next, ascending."""
+        return np.flatnonzero(self.is_decoding)
+
+    def missing_pages(self, slots: np.ndarray, num_steps: int) -> np.ndarray:
+        """Pages that each slot lacks for its next `num_steps` tokens."""
+        last = self.positions[slots] + np.minimum(num_steps, self.remaining[slots]) - 1
+        return np.asarray(np.maximum(last // self.page_size + 1 - self.num_pages[slots], 0))
+
+    def extend(self, sequence: Sequence, num_pages: int) -> None:
+        """Give a running sequence more pages, which must be free."""
+        for _ in range(num_pages):
+            page = self.pool.take()
+            self.page_tables[sequence.slot, len(sequence.pages)] = page
+            sequence.pages.append(page)
+        self.num_pages[sequence.slot] = len(sequence.pages)
+
+    def try_admit(self, sequence: Sequence, find_pages: bool) -> bool:
+        """Give a waiting sequence a slot and pages for all tokens that it knows; False if they are not to be had."""
+        if not self.free_slots:
+            return False
+        found = self._find(sequence) if find_pages else []
+        num_new = -(-len(sequence.tokens) // self.page_size) - len(found)
+        if num_new > self.pool.num_free:
+            self.pool.release(found)
+            return False
+        slot = self.free_slots.pop()
+        sequence.shard, sequence.slot, sequence.status = self.index, slot, Status.RUNNING
+        sequence.num_admissions += 1
+        sequence.pages = found
+        sequence.num_computed = len(found) * self.page_size
+        sequence.num_findable_pages = len(found)
+        self.sequences[slot] = sequence
+        self.admissions[slot] = sequence.num_admissions
+        self.page_tables[slot, : len(found)] = found
+        self.extend(sequence, num_new)
+        self.prefilling.append(sequence)
+        return True
+
+    def _find(self, sequence: Sequence) -> list[int]:
+        """Shared pages that hold the start of its tokens; at least one token is left to compute."""
+        pages: list[int] = []
+        digest = sequence.root_digest
+        size = self.page_size
+        for start in range(0, (len(sequence.tokens) - 1) // size * size, size):
+            next_digest = page_digest(digest, sequence.tokens[start : start + size])
+            page = self.pool.find(next_digest)
+            if page is None:
+                break
+            pages.append(page)
+            digest = next_digest
+        sequence.digest = digest
+        return pages
+
+    def remember_pages(self, sequence: Sequence, num_written: int) -> None:
+        """Make the full pages among its first `num_written` tokens findable."""
+        while (sequence.num_findable_pages + 1) * self.page_size <= num_written:
+            start = sequence.num_findable_pages * self.page_size
+            sequence.digest = page_digest(sequence.digest, sequence.tokens[start : start + self.page_size])
+            self.pool.remember(sequence.pages[sequence.num_findable_pages], sequence.digest)
+            sequence.num_findable_pages += 1
+
+    def start_decoding(self, sequence: Sequence) -> None:
+        """All known tokens are planned and the next one is sampled by the same step."""
+        slot = sequence.slot
+        self.prefilling.remove(sequence)
+        self.positions[slot] = len(sequence.tokens)
+        self.remaining[slot] = sequence.max_len - len(sequence.tokens) - 1
+        self.is_decoding[slot] = self.remaining[slot] > 0
+
+    def evict(self, sequence: Sequence) -> None:
+        """Take slot and pages back. Steps in flight may still write there: the device runs later ones after them."""
+        slot = sequence.slot
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
+        self.is_decoding[slot] = False
+        self.sequences[slot] = None
+        self.free_slots.append(slot)
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.slot, sequence.digest = [], -1, sequence.root_digest
+        sequence.num_findable_pages = sequence.num_computed = 0

@@ -1,0 +1,261 @@
+"""Weights from disk to their shards on the mesh, part by part.
+
+A leaf is allocated on its devices at once and filled by its parts (a layer, or a layer's expert), each read, laid
+out and converted on the host. So the host holds, beside what is placed there, a part twice at most: as read and as
+converted, or as converted and on its way.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import CheckpointError
+from ..models.config import ModelConfig
+from ..models.families import tensor_plan
+from ..models.families.plan import LeafPlan, Piece
+from ..sharding.rules import Placement
+from ..sharding.specs import ParamSpec, SpecTree
+from .checkpoint import Checkpoint, open_checkpoint
+from .param_tree import flatten
+from .safetensors_file import check_finite
+from .store import Region, Store, is_store, open_store
+
+_SMALL_BYTES = 16 << 20  # leaves up to here are put together on the host: no program is compiled for them
+_NUM_READERS = 4  # small leaves in flight
+
+type Source = Checkpoint | Store
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What lies at `index` of a leaf's leading axes; `read` gives regions of it in the dtype on disk."""
+
+    index: tuple[int, ...]
+    read: Callable[[Sequence[Region]], Sequence[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One parameter and the parts that fill it."""
+
+    path: str
+    spec: ParamSpec
+    parts: Sequence[Part]
+
+
+def open_source(path: Path | str) -> Source:
+    """A store, or else a Hugging Face directory; CheckpointError says what is wrong with it."""
+    return open_store(path) if is_store(path) else open_checkpoint(path)
+
+
+def load_params(
+    source: Source, model: ModelConfig, specs: SpecTree, placement: Placement, *, show_progress: bool = True
+) -> dict[str, Any]:
+    """The parameter tree of `specs` (shapes, dtypes and axes), read from `source` and sharded by `placement`.
+
+    A bar on stderr counts bytes when loading takes longer than a second.
+
+    Raises:
+      CheckpointError: before anything is placed, if names, shapes or kinds of dtype disagree with the model; while
+        loading, if a file changed or was damaged, or a weight is NaN, infinite, or too large for its new dtype.
+    """
+    flat, definition = flatten(specs)
+    if isinstance(source, Store):
+        leaves = list(_store_leaves(source, flat))
+    else:
+        leaves = list(checkpoint_leaves(source, tensor_plan(model, source.tensor_names), flat))
+    placed = place_leaves(leaves, placement, show_progress=show_progress)
+    params: dict[str, Any] = jax.tree.unflatten(definition, [placed[path] for path in flat])
+    return params
+
+
+def place_leaves(leaves: Sequence[Leaf], placement: Placement, *, show_progress: bool) -> dict[str, jax.Array]:
+    """Every leaf's array by its path: small ones several at a time, then large ones part by part."""
+    placed: dict[str, jax.Array] = {}
+    small = [leaf for leaf in leaves if leaf.spec.num_bytes <= _SMALL_BYTES]
+    large = [leaf for leaf in leaves if leaf.spec.num_bytes > _SMALL_BYTES]
+    total = sum(leaf.spec.num_bytes for leaf in leaves)
+    bar = tqdm(
+        total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, delay=1,
+        disable=not show_progress,
+    )  # fmt: skip
+    with bar, ThreadPoolExecutor(_NUM_READERS) as readers:
+        for leaf, array in zip(small, readers.map(lambda leaf: _place_whole(leaf, placement), small), strict=True):
+            placed[leaf.path] = array
+            bar.update(leaf.spec.num_bytes)
+        for leaf in large:
+            placed[leaf.path] = _place_by_parts(leaf, placement, bar.update)
+    return placed
+
+
+def _place_whole(leaf: Leaf, placement: Placement) -> jax.Array:
+    """A leaf put together on the host."""
+    spec = leaf.spec
+    if len(leaf.parts) == 1 and not leaf.parts[0].index:
+        return _place(leaf.path, leaf.parts[0], spec, placement)
+    whole = np.empty(spec.shape, spec.dtype)
+    for part in leaf.parts:
+        shape = spec.shape[len(part.index) :]
+        whole[part.index] = _convert(part.read([_full(shape)])[0], spec.dtype, leaf.path)
+    return _place(leaf.path, Part((), lambda regions: [whole[region] for region in regions]), spec, placement)
+
+
+def _place_by_parts(leaf: Leaf, placement: Placement, on_bytes: Callable[[int], object]) -> jax.Array:
+    """A leaf allocated on its devices and filled in place."""
+    spec, sharding = leaf.spec, placement.sharding(leaf.spec.axes)
+    if len(leaf.parts) == 1 and not leaf.parts[0].index:
+        array = _place(leaf.path, leaf.parts[0], spec, placement)
+        on_bytes(spec.num_bytes)
+        return array
+    array = jnp.zeros(spec.shape, spec.dtype, device=sharding)
+    # jax knows equal functions with equal shardings: one program per shape, not per leaf or part.
+    write = jax.jit(_write, donate_argnums=0, out_shardings=sharding)
+    for part in leaf.parts:
+        rank = len(part.index)
+        part_spec = ParamSpec(spec.shape[rank:], spec.dtype, spec.axes[rank:])
+        array = write(array, _place(leaf.path, part, part_spec, placement), np.asarray(part.index, np.int32))
+        array.block_until_ready()  # else the parts waiting to be written would fill the host
+        on_bytes(part_spec.num_bytes)
+    return array
+
+
+def _write(array: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
+    """`array` with `part` at `index` of its leading axes."""
+    starts = [index[axis] for axis in range(index.size)] + [np.int32(0)] * part.ndim
+    return jax.lax.dynamic_update_slice(array, part.reshape((1,) * index.size + part.shape), starts)
+
+
+def _place(path: str, part: Part, spec: ParamSpec, placement: Placement) -> jax.Array:
+    """A part as an array of its own, of which each device gets its shard; only this process' shards are read."""
+    sharding = placement.sharding(spec.axes)
+    regions = {
+        _key(region, spec.shape): region for region in sharding.addressable_devices_indices_map(spec.shape).values()
+    }
+    exact = [tuple(slice(*bounds) for bounds in key) for key in regions]
+    shards = {key: _convert(values, spec.dtype, path) for key, values in zip(regions, part.read(exact), strict=True)}
+    return jax.make_array_from_callback(spec.shape, sharding, lambda region: shards[_key(region, spec.shape)])
+
+
+def _key(region: Region | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Start and stop along each dimension; equal regions may be written as unequal slices."""
+    return tuple(part.indices(size)[:2] for part, size in zip(region or _full(shape), shape, strict=True))
+
+
+def _full(shape: tuple[int, ...]) -> Region:
+    return tuple(slice(0, size) for size in shape)
+
+
+def _convert(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
+    """`values` in the dtype asked for; floats convert to floats, nothing else converts."""
+    if values.dtype == dtype:
+        return values
+    if not (_is_float(values.dtype) and _is_float(dtype)):
+        raise CheckpointError(f"{path}: expected floating-point weights to make {dtype} of; got {values.dtype}.")
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(values.astype(dtype))
+    if jnp.finfo(dtype).max < jnp.finfo(values.dtype).max:
+        check_finite(converted, f"{path}, converted from {values.dtype} to {dtype},")
+    return converted
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def checkpoint_leaves(
+    checkpoint: Checkpoint, plan: Mapping[str, LeafPlan], specs: Mapping[str, ParamSpec]
+) -> Iterator[Leaf]:
+    """The leaves as their plan builds them from tensors; all shapes are compared before the first is read."""
+    _check_paths(plan, specs, f"{checkpoint.path}: the model's plan")
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.tensor_names}
+    for path, spec in specs.items():
+        for piece in plan[path].pieces:
+            _check_piece(checkpoint, piece, path, spec, shapes)
+    for path, spec in specs.items():
+        yield Leaf(path, spec, [Part(piece.index, _piece_reader(checkpoint, piece)) for piece in plan[path].pieces])
+
+
+def _check_piece(
+    checkpoint: Checkpoint, piece: Piece, path: str, spec: ParamSpec, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """The tensors of a piece must give the shape that the model's config gives the parameter, in a usable dtype."""
+    expected, found = spec.shape[len(piece.index) :], piece.shape(shapes)
+    names = " and ".join(piece.names)
+    if found != expected:
+        came = " and ".join(str(list(shapes[name])) for name in piece.names)
+        raise CheckpointError(
+            f"{checkpoint.path}: {names}: config.json asks for {list(expected)} in {path}; the checkpoint has {came}"
+            f"{'' if len(piece.names) == 1 and found == shapes[names] else f', which makes {list(found)}'}. "
+            "Weights and config.json are of different models: fetch them again."
+        )
+    dtype = checkpoint.dtype(piece.names[0])
+    if len(piece.names) == 1 and dtype != spec.dtype and not (_is_float(dtype) and _is_float(spec.dtype)):
+        raise CheckpointError(
+            f"{checkpoint.path}: {names}: expected floating-point weights; got {dtype}. Quantized weights of this "
+            "kind are not read: use the model's unquantized checkpoint."
+        )
+
+
+def _piece_reader(checkpoint: Checkpoint, piece: Piece) -> Callable[[Sequence[Region]], Sequence[np.ndarray]]:
+    def read(regions: Sequence[Region]) -> list[np.ndarray]:
+        built = piece.build({name: checkpoint.read(name) for name in piece.names})
+        return [built[region] for region in regions]
+
+    return read
+
+
+def _store_leaves(store: Store, specs: Mapping[str, ParamSpec]) -> Iterator[Leaf]:
+    """The leaves as the store holds them: layer by layer where its files allow it, else whole."""
+    _check_paths(store.arrays, specs, f"{store.path}: the store")
+    for path, spec in specs.items():
+        entry = store.arrays[path]
+        if entry.shape != spec.shape:
+            raise CheckpointError(
+                f"{store.path}: config.json asks for {list(spec.shape)} in {path}; the store has {list(entry.shape)}. "
+                "Weights and config.json are of different models: convert the model again."
+            )
+        if entry.dtype != spec.dtype and not (_is_float(entry.dtype) and _is_float(spec.dtype)):
+            raise CheckpointError(f"{store.path}: expected {path} as {spec.dtype}; the store has {entry.dtype}.")
+    for path, spec in specs.items():
+        by_layer = spec.num_bytes > _SMALL_BYTES and spec.axes[0] == "layers" and store.arrays[path].chunk_shape[0] == 1
+        indices: Iterable[tuple[int, ...]] = [(layer,) for layer in range(spec.shape[0])] if by_layer else [()]
+        yield Leaf(path, spec, [Part(index, _array_reader(store, path, index)) for index in indices])
+
+
+def _array_reader(
+    store: Store, path: str, index: tuple[int, ...]
+) -> Callable[[Sequence[Region]], Sequence[np.ndarray]]:
+    prefix = tuple(slice(i, i + 1) for i in index)
+    shape = store.arrays[path].shape[len(index) :]
+
+    def read_one(region: Region) -> np.ndarray:
+        values = store.read(path, prefix + region)
+        return values.reshape(values.shape[len(index) :])
+
+    def read(regions: Sequence[Region]) -> list[np.ndarray]:
+        wanted = sum(math.prod(part.stop - part.start for part in region) for region in regions)
+        if len(regions) > 1 and wanted == math.prod(shape):  # all of it: decompress each chunk once
+            whole = read_one(_full(shape))
+            return [whole[region] for region in regions]
+        return [read_one(region) for region in regions]
+
+    return read
+
+
+def _check_paths(found: Iterable[str], expected: Iterable[str], what: str) -> None:
+    """Both sides must name the same parameters."""
+    found, expected = set(found), set(expected)
+    if found != expected:
+        missing, extra = sorted(expected - found), sorted(found - expected)
+        raise CheckpointError(
+            f"{what} should hold the parameters of config.json; it lacks {missing[:5]} and has besides {extra[:5]}. "
+            "They are of different models: convert or fetch the model again."
+        )

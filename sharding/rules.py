@@ -1,0 +1,68 @@
+"""From logical axes to mesh axes, in one table, and the object that applies it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from .axes import Axes, LogicalAxis, MeshAxis
+
+# Axes without a row are not sharded.
+RULES: Mapping[LogicalAxis, MeshAxis] = {
+    "shard": "data",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "cache_heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+}
+
+
+@functools.cache
+def _named_sharding(mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+    """One object per sharding: jax's fast dispatch path compares them by identity."""
+    return NamedSharding(mesh, spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and the rules that hold on it; `replicated` names logical axes whose rule is off for this model."""
+
+    mesh: Mesh
+    replicated: frozenset[LogicalAxis] = frozenset()
+
+    def size(self, axis: MeshAxis) -> int:
+        """Number of devices along a mesh axis."""
+        return int(self.mesh.shape[axis])
+
+    @property
+    def num_shards(self) -> int:
+        """R: data shards, each with its own slots and pages."""
+        return self.size("data")
+
+    def spec(self, axes: Axes) -> PartitionSpec:
+        """The PartitionSpec of an array whose dimensions are `axes`."""
+        return PartitionSpec(*(None if a is None or a in self.replicated else RULES.get(a) for a in axes))
+
+    def sharding(self, axes: Axes) -> NamedSharding:
+        """The NamedSharding of an array whose dimensions are `axes`."""
+        return _named_sharding(self.mesh, self.spec(axes))
+
+    def constrain(self, x: jax.Array, *axes: LogicalAxis | None) -> jax.Array:
+        """`x`, with the compiler held to the sharding of `axes`."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+
+    def map_shards[F: Callable[..., Any]](self, fn: F, in_axes: Sequence[Axes], out_axes: Any) -> F:
+        """`fn` run on each device's own part, so that nothing in it can gather across shards.
+
+        `out_axes` is one Axes, or a list of them for a function that returns a tuple.
+        """
+        out_specs = tuple(map(self.spec, out_axes)) if isinstance(out_axes, list) else self.spec(out_axes)
+        mapped = jax.shard_map(
+            fn, mesh=self.mesh, in_specs=tuple(map(self.spec, in_axes)), out_specs=out_specs, check_vma=False
+        )
+        return mapped  # type: ignore[return-value]

@@ -1,0 +1,62 @@
+import pytest
+
+from millrace.runtime.commands import doctor
+from millrace.runtime.config import RuntimeConfig
+
+
+def test_every_check_reports_on_this_machine(launch, capsys):
+    launch("doctor")
+    out = capsys.readouterr().out
+    for subject in ("millrace", "python", "jax", "packages", "device", "compiler", "host", "compile cache"):
+        assert f" {subject} " in out, subject
+    assert "Error" not in out
+
+
+def test_a_check_that_breaks_is_a_finding_and_the_rest_goes_on(launch, capsys, monkeypatch):
+    def broken(config):
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(doctor, "CHECKS", (broken, doctor._host))
+    assert launch("doctor") == 1
+    out = capsys.readouterr().out
+    assert "FAIL broken" in out and "no such thing" in out and "cores" in out
+
+
+@pytest.mark.parametrize(
+    ("jax", "jaxlib", "level"),
+    [
+        ("0.11.2", "0.11.2", "ok"),
+        ("0.12.0.1", "0.12.0.1", "ok"),
+        ("0.10.2", "0.10.2", "FAIL"),
+        ("0.13.0", "0.13.0", "FAIL"),
+        ("0.12.0", "0.11.2", "FAIL"),
+    ],
+)
+def test_a_jax_that_was_never_tried_is_refused(jax, jaxlib, level):
+    finding = doctor._judge_jax(jax, jaxlib)
+    assert finding.level == level
+    assert bool(finding.remedy) == (level == "FAIL")
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
+    findings = list(doctor._versions(RuntimeConfig()))
+    assert ("FAIL", "pip install no-such-package") in [(finding.level, finding.remedy) for finding in findings]
+
+
+def test_an_nvidia_driver_without_its_plugin_is_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor, "_has_nvidia_driver", lambda: True)
+    warnings = [finding for finding in doctor._devices(RuntimeConfig()) if finding.level == "warn"]
+    assert warnings and "millrace[cuda]" in warnings[0].remedy
+
+
+def test_a_compile_cache_that_cannot_be_written_is_a_warning(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    (finding,) = doctor._compile_cache(RuntimeConfig(compile_cache_dir=str(file / "below")))
+    assert finding.level == "warn" and finding.remedy
+
+
+def test_a_compile_cache_that_is_off_is_a_warning():
+    (finding,) = doctor._compile_cache(RuntimeConfig(compile_cache_dir=""))
+    assert finding.level == "warn"

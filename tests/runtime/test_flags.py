@@ -1,0 +1,22 @@
+import dataclasses
+
+from millrace.runtime.config import RuntimeConfig
+from millrace.runtime.flags import RUNTIME, SAMPLING
+from millrace.runtime.sampling_params import SamplingParams
+
+
+def test_every_sampling_param_has_a_flag_of_its_name():
+    assert [option.name for option in SAMPLING.options] == [field.name for field in dataclasses.fields(SamplingParams)]
+
+
+def test_every_runtime_option_has_a_flag_but_the_seed_which_is_the_requests():
+    launcher_only = ["config", "set", "log_level"]
+    flags = [option.name for option in RUNTIME.options if option.name not in launcher_only]
+    options = [field.name for field in dataclasses.fields(RuntimeConfig) if field.name != "seed"]
+    assert flags == options
+
+
+def test_switches_are_the_boolean_options():
+    switches = {option.name for group in (RUNTIME, SAMPLING) for option in group.options if option.kind == "switch"}
+    fields = [*dataclasses.fields(RuntimeConfig), *dataclasses.fields(SamplingParams)]
+    assert switches == {field.name for field in fields if isinstance(field.default, bool)}
