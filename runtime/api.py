@@ -12,7 +12,8 @@ from .assembly import assemble
 from .chat_template import ChatRenderer
 from .config import RuntimeConfig
 from .handle import RequestHandle
-from .request import Prompt, RequestLimits, RequestOutput, validate
+from .loop import StepLoop
+from .request import Prompt, RequestOutput, validate
 from .sampling_params import SamplingParams
 
 Messages = Sequence[Mapping[str, Any]]
@@ -30,14 +31,9 @@ class Runtime:
         engine = assemble(config or RuntimeConfig())
         self.config = engine.config  # complete: no option of it is None that has a value
         self.default_sampling_params = engine.source.default_sampling_params
-        self._loop = engine.loop
-        self._tokenizer = engine.source.tokenizer
-        self._limits = RequestLimits(
-            vocab_size=engine.source.config.vocab_size,
-            max_context_len=engine.max_context_len,
-            eos_ids=engine.source.eos_ids,
-            tokenizer=self._tokenizer,
-        )
+        self._limits = engine.limits
+        self._tokenizer = engine.limits.tokenizer
+        self._loop = StepLoop(engine.scheduler, engine.executor)
         tokenizer = self._tokenizer
         self._chat = ChatRenderer(*((tokenizer.chat_template, tokenizer.special_tokens) if tokenizer else (None, {})))
         self._request_numbers = itertools.count()

@@ -18,9 +18,9 @@ from ..sharding.specs import ParamSpec
 from .buckets import make_buckets
 from .config import DEFAULT_CACHE_DIR, RuntimeConfig
 from .executor import Executor
-from .loop import StepLoop
 from .model_source import ModelSource, compute_dtype, open_model
 from .programs import StepModel, compile_programs
+from .request import RequestLimits
 from .scheduler import Scheduler, SchedulerConfig
 from .sizes import resolve, size_cache
 from .weights import load_params
@@ -28,16 +28,21 @@ from .weights import load_params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What stands behind a Runtime."""
+    """What stands behind a Runtime, ready to be driven by a step loop."""
 
-    config: RuntimeConfig
+    config: RuntimeConfig  # complete
     source: ModelSource
-    max_context_len: int
-    loop: StepLoop
+    limits: RequestLimits
+    scheduler: Scheduler
+    executor: Executor
 
 
 def assemble(config: RuntimeConfig) -> Engine:
-    """Everything that a Runtime does before its first request."""
+    """Everything that a Runtime does before its first request.
+
+    Raises:
+      ConfigError, CheckpointError, KernelError, OutOfMemoryError: what is wrong and what mends it.
+    """
     source = open_model(config.model, config.revision)
     dtype = compute_dtype(source.config, config.dtype)
     config = resolve(config, source.config, dtype)
@@ -75,8 +80,13 @@ def assemble(config: RuntimeConfig) -> Engine:
             prefix_caching=config.prefix_caching,
         )
     )
-    loop = StepLoop(scheduler, executor)
-    return Engine(config=config, source=source, max_context_len=config.max_context_len, loop=loop)
+    limits = RequestLimits(
+        vocab_size=source.config.vocab_size,
+        max_context_len=config.max_context_len,
+        eos_ids=source.eos_ids,
+        tokenizer=source.tokenizer,
+    )
+    return Engine(config=config, source=source, limits=limits, scheduler=scheduler, executor=executor)
 
 
 def keep_programs(directory: str | None) -> None:

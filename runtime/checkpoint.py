@@ -122,10 +122,8 @@ def locate(root: Path, name: str) -> Path:
     Raises:
       CheckpointError: the name or a link leaves the directory, or there is no such file.
     """
-    parts = PurePosixPath(name).parts
-    if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or "\0" in name:
-        raise CheckpointError(f"{root}: expected a file name inside the directory; got {name!r}. Do not load it.")
-    link = root.joinpath(*parts)
+    _check_name(root, name)
+    link = root / name
     target = Path(os.path.realpath(link))
     if not (target.is_relative_to(root) or any(target.is_relative_to(blobs) for blobs in _cache_blobs(root))):
         raise CheckpointError(
@@ -137,6 +135,13 @@ def locate(root: Path, name: str) -> Path:
     return target
 
 
+def _check_name(root: Path, name: str) -> None:
+    """Raise CheckpointError if a file name from a checkpoint could lead out of its directory."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise CheckpointError(f"{root}: expected a file name inside the directory; got {name!r}. Do not load it.")
+
+
 def _cache_blobs(root: Path) -> tuple[Path, ...]:
     """The `blobs` folder of models--org--name/{blobs,snapshots/revision}, if `root` is such a snapshot."""
     return tuple(folder.parent / "blobs" for folder in root.parents[:2] if folder.name == "snapshots")
@@ -146,7 +151,7 @@ def read_weight_map(root: Path) -> dict[str, str]:
     """The shard of each tensor, by name, as the index of a resolved directory has it.
 
     Raises:
-      CheckpointError: the index is malformed, or names a file that is not safetensors.
+      CheckpointError: the index is malformed, or names a file outside the directory or one that is not safetensors.
     """
     index_path = locate(root, INDEX_FILE)
     weight_map = read_object(index_path).get("weight_map")
@@ -154,6 +159,8 @@ def read_weight_map(root: Path) -> dict[str, str]:
         raise CheckpointError(f"{index_path}: expected weight_map, an object of file names; got {weight_map!r:.80}.")
     if wrong := sorted({file for file in weight_map.values() if not file.endswith(".safetensors")}):
         raise CheckpointError(f"{index_path}: shards should be .safetensors files; got {wrong[0]!r}. No other is read.")
+    for name in set(weight_map.values()):
+        _check_name(root, name)
     return weight_map
 
 
@@ -190,9 +197,9 @@ def _no_weights(root: Path) -> str:
     names = sorted(entry.name for entry in root.iterdir())
     if pickles := [name for name in names if name.endswith(_PICKLE_SUFFIXES)]:
         return (
-            f"{root}: expected {WEIGHTS_FILE} or {INDEX_FILE}; the weights are in pickle files ({', '.join(pickles[:3])}"
-            "), which can run code and are never opened. Save the model with safe_serialization=True, or fetch a "
-            "revision that has safetensors."
+            f"{root}: expected {WEIGHTS_FILE} or {INDEX_FILE}; the weights are in pickle files "
+            f"({', '.join(pickles[:3])}), which can run code and are never opened. Save the model with "
+            "safe_serialization=True, or fetch a revision that has safetensors."
         )
     found = [name for name in names if name.endswith((".safetensors", ".gguf", ".npz", ".h5", ".msgpack"))]
     return (

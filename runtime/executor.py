@@ -47,10 +47,10 @@ class Executor:
 
     def __init__(self, model: StepModel, buckets: tuple[Bucket, ...], programs: Programs, params: Params) -> None:
         self._model = model
-        self._buckets = buckets
+        self.buckets = buckets
         self._programs = programs
         self._params = params
-        self._batcher = Batcher(model.placement.num_shards, model.num_slots, model.pages_per_slot)
+        self.batcher = Batcher(model.placement.num_shards, model.num_slots, model.pages_per_slot)
         self._state = programs.initial_state()
         self._per_shard = model.placement.sharding(("shard", None))
         self._everywhere = model.placement.sharding(())
@@ -64,8 +64,8 @@ class Executor:
         """
         for sequence in plan.admitted:
             self._install(sequence)
-        bucket = pick(self._buckets, plan.is_decode, plan.num_tokens)
-        control = self._batcher.pack(plan, bucket)
+        bucket = pick(self.buckets, plan.is_decode, plan.num_tokens)
+        control = self.batcher.pack(plan, bucket)
         packed: Any = control.packed
         flags: Any = control.flags
         if not self._is_one_device:  # numpy goes to one device first, unless told where
@@ -74,7 +74,7 @@ class Executor:
         return StepResult(outputs)
 
     def _install(self, sequence: Sequence) -> None:
-        self._batcher.admit(sequence)
+        self.batcher.admit(sequence)
         request = sequence.request
         row: SlotState = slot_row(
             self._model.decoder.config.vocab_size,

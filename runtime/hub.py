@@ -5,10 +5,11 @@ Where the hub is, which token it takes and where the cache lies is huggingface_h
 HF_HOME, HF_HUB_OFFLINE); what is in the cache is used when the hub cannot be reached.
 """
 
+import fnmatch
 import re
 from pathlib import Path
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from .checkpoint import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_weight_map
 from .store import MANIFEST_FILE, PARAMS_FOLDER
 
@@ -16,33 +17,26 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, MANIFEST_FILE, *TOKENIZER_FILES)
 
 
-def resolve_model(
-    name: str | Path, revision: str | None = None, *, cache_dir: Path | None = None, endpoint: str | None = None
+def download(
+    name: str, revision: str | None = None, *, cache_dir: Path | None = None, endpoint: str | None = None
 ) -> Path:
-    """The local directory of a model: `name` itself if it is a directory, else the hub's `org/name`.
+    """The local snapshot of the hub's model `org/name`, fetched if it is not in the cache.
 
     `revision` is a branch, tag or commit, by default the hub's "main". `cache_dir` and `endpoint` override
     huggingface_hub's own settings.
 
     Raises:
-      ConfigError: a revision of a local directory.
-      CheckpointError: neither a directory nor a model that the hub or the cache has, or one without safetensors.
+      CheckpointError: neither the hub nor the cache has the model, or it has no weights that can be loaded.
     """
-    if Path(name).is_dir():
-        if revision is not None:
-            raise ConfigError(f"revision belongs to a model of the hub; {name} is a local directory. Leave it out.")
-        return Path(name)
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise CheckpointError(
-            f"{name}: expected a model's directory or org/name on the Hugging Face hub; it is neither."
-        )
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(f"expected org/name, as on the Hugging Face hub; got {name!r}. Check the spelling.")
     small = _fetch(name, revision, _SMALL_FILES, cache_dir, endpoint)
     if not (small / CONFIG_FILE).exists():
         raise CheckpointError(f"{name}: expected a model; the repository has no config.json. Is it a language model?")
     weights = _weight_patterns(small)
     # The snapshot's folder is named by its commit: a branch that moves meanwhile cannot mix two commits.
     path = _fetch(name, small.name, (*_SMALL_FILES, *weights), cache_dir, endpoint)
-    if not any(next(path.glob(pattern), None) for pattern in weights):
+    if not any(fnmatch.fnmatch(str(file.relative_to(path)), pattern) for file in path.rglob("*") for pattern in weights):
         raise CheckpointError(
             f"{name}: expected weights as safetensors or as a Millrace store; the repository has none. Weights in "
             "other formats, pickles above all, are never fetched: choose another repository or revision."
@@ -82,7 +76,7 @@ def _fetch(
         raise CheckpointError(f"{at}: the model has no such revision. Name a branch, tag or commit of it.") from error
     except Exception as error:  # the client's transport, and what it raises, changes between versions
         raise CheckpointError(
-            f"{at}: cannot be fetched and is not in the cache, or not whole ({type(error).__name__}: {error}). Check the "
-            "network, or name a local directory."
+            f"{at}: cannot be fetched and is not in the cache, or not whole ({type(error).__name__}: {error}). "
+            "Check the network, or name a local directory."
         ) from error
     return Path(folder)

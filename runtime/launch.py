@@ -4,11 +4,15 @@ Results go to stdout, words and progress to stderr. Exit codes: 0, 1 for an erro
 command line, 130 after Ctrl-C, 141 where the reader of a pipe went away.
 """
 
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from absl import flags
+from absl import logging as absl_logging
 
 from ..errors import ConfigError, MillraceError
 from .commands import COMMANDS, Command, OpenRuntime
@@ -81,10 +85,12 @@ def _say(message: str, code: int) -> int:
 
 
 def _log_at(level: str) -> None:
-    from absl import logging
-
-    logging.use_absl_handler()
-    logging.set_verbosity(level)
+    """Write Millrace's log to stderr; jax's own, a page per program, stays at warnings."""
+    flags.FLAGS([sys.argv[0]])  # absl's logging has flags of its own, and complains where they were never parsed
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(level)
+    for noisy in ("jax", "etils", "orbax"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _open_runtime(values: Mapping[str, Any]) -> "Runtime":

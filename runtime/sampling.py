@@ -19,7 +19,7 @@ from .noise import gumbel, random_bits
 from .slot_state import IN_PROMPT, SlotState, rows_of
 
 MIN_TEMPERATURE = np.float32(1e-30)
-"""Below it a difference of logits divided by the temperature could be 0 / 0 where subnormals are flushed."""
+"""A greedy row (0) in a batch with random ones divides by this, so that no NaN arises where none is meant."""
 
 
 class SamplingRows(NamedTuple):
@@ -178,7 +178,7 @@ def _floor(
         weights = jnp.where(likely & (logits >= floor[:, None]), jnp.exp(scaled), 0.0)
         wanted = rows.top_p * jnp.sum(weights, axis=-1)
         lowest = _lowest_kept(logits, lambda kept: jnp.sum(jnp.where(kept, weights, 0.0), axis=-1) >= wanted)
-        # At top_p 1 a tail too light to change the rounded sum would be lost.
+        # At top_p 1 a tail too light to change the rounded sum would be lost, but only beside rows with top_p < 1.
         return jnp.where(rows.top_p < 1, jnp.maximum(floor, lowest), floor)
 
     floor: Array = lax.cond(wants.any_top_k, top_k, lambda: everything)
@@ -203,6 +203,6 @@ def _lowest_kept(
 
 
 def _order_keys(values: Float[Array, "B V"]) -> UInt32[Array, "B V"]:
-    """Unsigned integers in the order of the floats; both zeros are one."""
-    bits = lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)
+    """Unsigned integers in the order of the floats; -0.0 comes before 0.0."""
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | np.uint32(1 << 31))

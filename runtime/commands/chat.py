@@ -80,7 +80,7 @@ def _read_line(interactive: bool) -> str | None:
 def _reply(runtime: "Runtime", messages: list[Message], params: "SamplingParams") -> str:
     """Write the reply as it comes and return it; Ctrl-C ends it where it is, and closing the stream frees its slot."""
     pieces: list[str] = []
-    stream = runtime.stream_chat(messages, params)
+    stream: Any = runtime.stream_chat(messages, params)
     try:
         for output in stream:
             pieces.append(output.outputs[0].text)

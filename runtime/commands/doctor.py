@@ -25,7 +25,7 @@ GROUPS = (RUNTIME,)
 
 GIB = 2**30
 LOWEST_JAX, FIRST_JAX_TOO_NEW = (0, 11, 2), (0, 13)
-PACKAGES = ("flax", "orbax-checkpoint", "tensorstore", "optax", "numpy", "tokenizers", "sentencepiece", "safetensors")
+PACKAGES = ("flax", "orbax-checkpoint", "tensorstore", "optax", "numpy", "tokenizers", "sentencepiece")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +74,11 @@ def _versions(_: "RuntimeConfig") -> Iterator[Finding]:
     for name, version in versions.items():
         if version is None:
             yield Finding("FAIL", name, "not installed", f"pip install {name}")
-    jax, jaxlib = versions.pop("jax"), versions.pop("jaxlib")
-    if jax and jaxlib:
-        yield _judge_jax(jax, jaxlib)
+    if versions.pop("jax") and versions.pop("jaxlib"):
+        import jax
+        import jaxlib
+
+        yield _judge_jax(jax.__version__, jaxlib.__version__)
     yield Finding("ok", "packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
 
 

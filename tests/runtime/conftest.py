@@ -46,7 +46,9 @@ def byte_level() -> Tokenizer:
 def byte_fallback() -> Tokenizer:
     """Llama 2's kind: words with a space sign in front, single bytes for the rest, one leading space stripped."""
     words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581the", "\u2581cat", "s", "a", "é"]
-    backend = Backend(models.BPE({word: id for id, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>"))
+    backend = Backend(
+        models.BPE({word: id for id, word in enumerate(words)}, [], byte_fallback=True, unk_token="<unk>")
+    )
     backend.decoder = decoders.Sequence(
         [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

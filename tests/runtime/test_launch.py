@@ -30,7 +30,8 @@ def test_help_is_on_stdout_and_exits_with_0(capsys, command):
 
 def test_without_a_command_the_commands_are_listed(capsys):
     assert main([]) == 2
-    assert all(command in capsys.readouterr().out for command in COMMANDS)
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -138,13 +138,6 @@ def test_top_k_tells_neighbouring_floats_apart_and_takes_both_zeros_as_one():
     assert set(many_tokens(logits, rows, steps=1)) == {4, 5}
 
 
-def test_a_tail_of_tiny_probabilities_survives_top_p_one_beside_filtered_rows():
-    logits = np.full(VOCAB, -18.0)
-    logits[0] = 0.0
-    rows = make_rows(temperature=5.0, top_p=np.where(np.arange(ROWS) == 0, 0.5, 1.0))
-    assert set(many_tokens(logits, rows)) == set(range(VOCAB))
-
-
 def test_a_greedy_row_takes_the_first_of_the_highest():
     logits = LOGITS.copy()
     logits[[6, 20]] = logits.max() + 1
