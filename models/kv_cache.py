@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -88,4 +89,5 @@ class PagedAttend:
         )
         paged = PagedBatch(tables, cu_query_lens[0], kv_lens[0])
         out = paged_attention(q[0], cache, layer, paged, spec=attention, kernels=self.kernels, sinks=sinks)
-        return out[None], cache[None]
+        # Left to choose, the compiler moves the axis of a single KV head, and copies the cache on its way in and out.
+        return out[None], with_layout_constraint(cache[None], Layout(tuple(range(cache.ndim + 1))))

@@ -36,7 +36,8 @@ def download(
     weights = _weight_patterns(small)
     # The snapshot's folder is named by its commit: a branch that moves meanwhile cannot mix two commits.
     path = _fetch(name, small.name, (*_SMALL_FILES, *weights), cache_dir, endpoint)
-    if not any(fnmatch.fnmatch(str(file.relative_to(path)), pattern) for file in path.rglob("*") for pattern in weights):
+    found = [file.relative_to(path).as_posix() for file in path.rglob("*")]
+    if not any(fnmatch.filter(found, pattern) for pattern in weights):
         raise CheckpointError(
             f"{name}: expected weights as safetensors or as a Millrace store; the repository has none. Weights in "
             "other formats, pickles above all, are never fetched: choose another repository or revision."

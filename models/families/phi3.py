@@ -55,7 +55,15 @@ def sources(model: ModelConfig) -> Names:
 FAMILY = Family(
     name="phi3",
     model_types=("phi3",),
-    defaults={**DEFAULTS, "rms_norm_eps": 1e-5, "sliding_window": None},
+    # The last three are what Phi-4's own code reads and transformers does not.
+    defaults={
+        **DEFAULTS,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+    },
     config_from_hf=config_from_hf,
     sources=sources,
 )

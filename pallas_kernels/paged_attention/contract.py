@@ -18,7 +18,11 @@ class PagedBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedAttentionSpec:
-    """What one attention layer asks for. `one_query_per_slot`: T == B and row b is the only query of slot b."""
+    """What one attention layer asks for.
+
+    `one_query_per_slot`: T == B and row b is the only query of slot b, or nobody's if kv_lens[b] is 0;
+    cu_query_lens is not read then.
+    """
 
     scale: float  # multiplies q·k
     window: int | None = None  # keys a query sees, itself included

@@ -18,7 +18,7 @@ def paged_attention(
     """See the contract; memory is T times the keys of the longest page table."""
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = cache.shape[3]
-    slot, position = row_places(batch, num_rows)
+    slot, position = _row_places(batch, num_rows, spec)
     pages = cache.at[layer, batch.page_tables[slot]].get(mode="clip").astype(jnp.float32)
     keys, values = jnp.moveaxis(pages, 2, 0)  # each [T, pages_per_slot, K, Z, H]
     keys, values = (jnp.swapaxes(x, 1, 2).reshape(num_rows, num_kv_heads, -1, head_dim) for x in (keys, values))
@@ -44,11 +44,12 @@ def paged_attention(
     return output.reshape(num_rows, num_heads, head_dim).astype(q.dtype)
 
 
-def row_places(batch: PagedBatch, num_rows: int) -> tuple[jax.Array, jax.Array]:
+def _row_places(batch: PagedBatch, num_rows: int, spec: PagedAttentionSpec) -> tuple[jax.Array, jax.Array]:
     """Slot and position of every query row, [T] each; the position of a row that belongs to no slot is -1."""
     rows = jnp.arange(num_rows)
+    if spec.one_query_per_slot:
+        return rows, batch.kv_lens - 1
     cu = batch.cu_query_lens
-    num_slots = batch.kv_lens.shape[0]
-    slot = jnp.minimum(jnp.searchsorted(cu, rows, side="right") - 1, num_slots - 1)
+    slot = jnp.minimum(jnp.searchsorted(cu, rows, side="right") - 1, batch.kv_lens.shape[0] - 1)
     position = batch.kv_lens[slot] - (cu[slot + 1] - rows)
-    return slot, jnp.where((rows < cu[-1]) & (batch.kv_lens[slot] > 0), position, -1)
+    return slot, jnp.where(rows < cu[-1], position, -1)

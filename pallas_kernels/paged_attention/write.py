@@ -13,11 +13,10 @@ def write_kv(
     pages: Int32[Array, " T"],
     offsets: Int32[Array, " T"],
 ) -> Float[Array, "L P 2 K Z H"]:
-    """The cache with row t's key and value at (pages[t], offsets[t]) of a layer; rows whose page is P are dropped.
+    """The cache with row t's key and value at (pages[t], offsets[t]) of one layer, rows of page P dropped.
 
-    In place if the cache is donated, or the carry of a scan. No two rows may name the same place.
+    In place where the cache is donated or the carry of a loop. No two kept rows may name the same place.
     """
     both = jnp.stack([k, v], axis=1).astype(cache.dtype)  # [T, 2, K, H]
-    layer = jnp.asarray(layer, jnp.int32)
-    updated: jax.Array = cache.at[layer, pages, :, :, offsets].set(both, mode="drop", unique_indices=False)
-    return updated
+    place = cache.at[jnp.asarray(layer, jnp.int32), pages, :, :, offsets]
+    return place.set(both, mode="drop", wrap_negative_indices=False)

@@ -14,11 +14,8 @@ if TYPE_CHECKING:
 
 GROUPS = (RUNTIME,)
 
-PROMPTS = (
-    "def fibonacci(n):\n",
-    "class Stack:\n    def __init__(self):\n",
-    "def read_lines(path):\n",
-)
+# No line end behind them: the model's tokens join it to the indentation that follows.
+PROMPTS = ("def fibonacci(n):", "class Stack:\n    def __init__(self):", "def read_lines(path):")
 
 # Where a next top-level thing begins, the completion of this one has ended.
 STOPS = ("\ndef ", "\nclass ", "\n@", "\nif __name__", "\n\n\n")

@@ -1,0 +1,57 @@
+"""One way to show a measurement: a table on stdout, and the same numbers as JSON in benchmarks/results/."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def report(name: str, rows: Sequence[Mapping[str, Any]], claims: Mapping[str, bool]) -> None:
+    """Print `rows` under their keys and each claim with whether it holds, and write both with the machine's facts."""
+    machine = describe_machine()
+    print(f"{name} on {', '.join(machine.values())}\n")
+    texts = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    for line in texts:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print()
+    for claim, holds in claims.items():
+        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
+    RESULTS.mkdir(exist_ok=True)
+    record = {"command": f"python benchmarks/{name}.py", "machine": machine, "rows": list(rows), "claims": dict(claims)}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def describe_machine() -> dict[str, str]:
+    """What a number depends on."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": f"{_processor()}, {num_cores} cores",
+        "python": f"Python {platform.python_version()}",
+        "jax": f"jax {metadata.version('jax')}",
+        "options": " ".join(sys.argv[1:]) or "default options",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _text(value: Any) -> str:
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 100
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )

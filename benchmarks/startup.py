@@ -1,0 +1,56 @@
+"""From process start to the first byte of text, with a cold and with a warm compile cache.
+
+    python benchmarks/startup.py [--model=embedded] [--repeats=5]
+
+Each run is a new process, `millrace generate --prompt='def fibonacci(n):'`, timed from outside. The cold run has an
+empty compile cache, the warm ones the cache that it left; the files of both lie in the page cache.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from report import report
+
+LIMITS_S = {"cold": 20.0, "warm": 4.0}
+
+
+def first_byte_s(model: str, cache_dir: str) -> float:
+    """Seconds until a new process writes its first byte of text."""
+    command = [sys.executable, "-m", "millrace.runtime.launch", "generate", f"--model={model}", "--max_tokens=32"]
+    command += ["--prompt=def fibonacci(n):", "--temperature=0", f"--compile_cache_dir={cache_dir}"]
+    started_s = time.perf_counter()
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        byte = process.stdout.read(1)
+        elapsed_s = time.perf_counter() - started_s
+        _, errors = process.communicate()
+    if not byte or process.returncode:
+        raise SystemExit(f"the launcher failed: {errors.decode().strip()}")
+    return elapsed_s
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache_dir:
+        times = {"cold": [first_byte_s(options.model, cache_dir)]}
+        times["warm"] = [first_byte_s(options.model, cache_dir) for _ in range(options.repeats)]
+    rows = [
+        {"cache": cache, "runs": len(runs), "median_s": statistics.median(runs), "worst_s": max(runs)}
+        for cache, runs in times.items()
+    ]
+    claims = {
+        f"{row['cache']}: first token within {LIMITS_S[row['cache']]:g} s": row["median_s"] <= LIMITS_S[row["cache"]]
+        for row in rows
+    }
+    report("startup", rows, claims)
+
+
+if __name__ == "__main__":
+    main()

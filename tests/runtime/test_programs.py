@@ -1,0 +1,87 @@
+"""What the compiled programs hold: no second copy of the cache or of the weights, and one program per bucket."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, RopeSpec
+from millrace.models.decoder import AbstractDecoder
+from millrace.models.kv_cache import cache_spec
+from millrace.models.partition import partition
+from millrace.pallas_kernels.dispatch import KernelChoices
+from millrace.runtime.buckets import Bucket, make_buckets
+from millrace.runtime.programs import Programs, StepModel, compile_programs
+from millrace.sharding.mesh import make_mesh
+
+
+def attention(window: int | None = None) -> AttentionSpec:
+    rope = RopeSpec(theta=1e4, rotary_dim=32)
+    return AttentionSpec(num_heads=8, num_kv_heads=4, head_dim=32, scale=0.2, rope=rope, window=window)
+
+
+# Weights and cache are large beside the activations of a step, so that a copy of either cannot hide.
+WIDE = LayerSpec(attention=attention(), mlp=MlpSpec(mlp_dim=1024))
+LOCAL = LayerSpec(attention=attention(window=16), mlp=MlpSpec(mlp_dim=1024))
+CONFIG = ModelConfig(
+    family="llama", vocab_size=64, embed_dim=256, layers=(WIDE, LOCAL) * 4, max_context_len=256, tie_embeddings=True
+)
+BUCKETS = (Bucket(True, 4, 4), Bucket(False, 16, 4))
+
+
+def compiled(mesh_sizes: dict[str, int]) -> tuple[StepModel, Programs]:
+    placement = partition(CONFIG, make_mesh(mesh_sizes))
+    model = StepModel(
+        decoder=AbstractDecoder(CONFIG, jnp.dtype("float32")),
+        placement=placement,
+        kernels=KernelChoices("cpu"),
+        cache=cache_spec(CONFIG, placement, num_pages=512, page_size=16, dtype="float32"),
+        num_slots=4,
+        pages_per_slot=16,
+        max_context_len=256,
+        max_decode_steps=4,
+    )
+    return model, compile_programs(model, BUCKETS, show_progress=False)
+
+
+@pytest.fixture(scope="module", params=[{}, {"data": 2, "tensor": 4}], ids=["one device", "data 2 x tensor 4"])
+def programs(request: pytest.FixtureRequest) -> tuple[StepModel, Programs]:
+    return compiled(request.param)
+
+
+def test_no_program_holds_a_second_copy_of_the_cache_or_of_the_stacked_weights(
+    programs: tuple[StepModel, Programs],
+) -> None:
+    model, made = programs
+    cache_bytes = model.cache.num_bytes // model.placement.mesh.size
+    weight_bytes = sum(s.num_bytes for s in jax.tree.leaves(model.decoder.specs)) // model.placement.size("tensor")
+    for bucket, program in made.steps.items():
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache_bytes, f"{bucket}: the cache is not updated in place"
+        # On a CPU a scan copies the period that it is at, here a quarter of the weights; never more.
+        assert memory.temp_size_in_bytes < weight_bytes / 4 + 2**20, f"{bucket}: {memory}"
+        assert memory.temp_size_in_bytes < cache_bytes / 4, f"{bucket}: {memory}"
+
+
+def test_there_is_exactly_one_program_per_bucket(programs: tuple[StepModel, Programs]) -> None:
+    assert set(programs[1].steps) == set(BUCKETS)
+
+
+def test_no_collective_moves_a_cache_page_or_a_weight_matrix(programs: tuple[StepModel, Programs]) -> None:
+    model, made = programs
+    if model.placement.mesh.size == 1:
+        pytest.skip("one device has no collectives")
+    for program in made.steps.values():
+        lines = [line for line in program.as_text().splitlines() if " all-gather(" in line or " all-to-all(" in line]
+        assert not [line for line in lines if "[512," in line.split("=")[1] or ",1024," in line.split("=")[1]], lines
+
+
+def test_every_parameter_and_the_cache_name_their_axes(programs: tuple[StepModel, Programs]) -> None:
+    model, _ = programs
+    for spec in (*jax.tree.leaves(model.decoder.specs), model.cache):
+        assert len(spec.axes) == len(spec.shape)
+
+
+def test_buckets_cover_every_step_up_to_the_limits() -> None:
+    buckets = make_buckets(num_slots=33, max_step_tokens=700)
+    assert max(b.num_tokens for b in buckets if b.is_decode) == 33
+    assert max(b.num_tokens for b in buckets if not b.is_decode) == 700
