@@ -34,9 +34,16 @@ def describe_machine() -> dict[str, str]:
     return {
         "processor": f"{_processor()}, {num_cores} cores",
         "python": f"Python {platform.python_version()}",
-        "jax": f"jax {metadata.version('jax')}",
+        "jax": f"jax {metadata.version('jax')} on {_device()}",
         "options": " ".join(sys.argv[1:]) or "default options",
     }
+
+
+def _device() -> str:
+    """The first device where the benchmark itself runs jax; one that times other processes must not start it."""
+    if "jax" not in sys.modules:
+        return "its default device"
+    return str(sys.modules["jax"].devices()[0].device_kind)
 
 
 def _processor() -> str:

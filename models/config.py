@@ -133,6 +133,16 @@ class ModelConfig:
         return self.layers[0].attention.head_dim
 
     @property
+    def unstretched_len(self) -> int | None:
+        """The longest max_context_len that leaves rope's frequencies as they are for short prompts, in tokens.
+
+        None where they do not depend on it, which is so for all kinds but dynamic and longrope.
+        """
+        ropes = {layer.attention.rope for layer in self.layers}
+        lengths = [rope.original_max_len for rope in ropes if rope and rope.kind in ("dynamic", "longrope")]
+        return min(lengths, default=None)
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         """The layers as runs of repeating periods, with as few distinct layers to compile as possible."""
         return _split_into_stages(self.layers)

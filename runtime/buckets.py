@@ -20,10 +20,11 @@ class Bucket:
 def make_buckets(num_slots: int, max_step_tokens: int) -> tuple[Bucket, ...]:
     """Decode buckets grow by 4 up to the slots, mixed ones by 4 up to the tokens of a step.
 
-    The smallest decode bucket has 2 rows: XLA on a CPU converts whole weights for a product with one row.
+    No bucket has fewer than 2 rows: XLA on a CPU converts whole weights for a product with one row.
     """
-    decode = [Bucket(True, rows, rows) for rows in _grow(min(2, num_slots), num_slots)]
-    mixed = [Bucket(False, tokens, num_slots) for tokens in _grow(min(64, max_step_tokens), max_step_tokens)]
+    num_rows = max(2, num_slots)
+    decode = [Bucket(True, rows, rows) for rows in _grow(2, num_rows)]
+    mixed = [Bucket(False, tokens, num_rows) for tokens in _grow(min(64, max_step_tokens), max_step_tokens)]
     return (*decode, *mixed)
 
 

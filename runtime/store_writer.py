@@ -37,6 +37,8 @@ def save_store(
     """
     path = Path(os.path.abspath(path))
     leaves, _ = flatten(params)
+    if len(leaves) != len(jax.tree.leaves(params)):
+        raise CheckpointError(f"{path}: two params have one path. Keys of params should be without slashes.")
     _check_names(path, list(leaves), list(files))
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -57,9 +59,11 @@ def _check_names(path: Path, array_paths: list[str], file_names: list[str]) -> N
         raise CheckpointError(f"{path}: a store is saved to a new or empty directory; this one holds something.")
     folders = [array_folder(name) for name in array_paths]
     if not folders or len(set(folders)) < len(folders) or any("." in name for name in array_paths):
-        raise CheckpointError(f"{path}: params should be nested dicts of arrays with keys without dots; got {folders}.")
+        raise CheckpointError(
+            f"{path}: params should be nested dicts of arrays with keys without dots; got {folders[:5]}."
+        )
     reserved = (CONFIG_FILE, MANIFEST_FILE, PARAMS_FOLDER)
-    if wrong := [name for name in file_names if name in reserved or PurePosixPath(name).name != name]:
+    if wrong := [name for name in file_names if not name or name in reserved or PurePosixPath(name).name != name]:
         raise CheckpointError(f"{path}: files are plain names other than {', '.join(reserved)}; got {wrong}.")
 
 

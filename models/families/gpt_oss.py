@@ -43,7 +43,8 @@ def config_from_hf(reader: ConfigReader) -> ModelConfig:
         # Which tensors are packed is seen from their names, and all are dequantized when they are loaded.
         quantization.ignore("modules_to_not_convert", "dequantize")
     windows = read_windows(reader, reader.integer("sliding_window"), lambda layer: layer % 2 == 0)
-    return read_model(reader, "gpt_oss", [LayerSpec(attention=each, mlp=moe) for each in alternate(attention, windows)])
+    layers = [LayerSpec(attention=each, mlp=moe) for each in alternate(attention, windows)]
+    return read_model(reader, "gpt_oss", layers, default_dtype="bfloat16")  # published configs name none
 
 
 def _read_rope(reader: ConfigReader, head_dim: int) -> RopeSpec:

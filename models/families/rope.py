@@ -38,7 +38,7 @@ def read_rope(
     rotary_dim = int(head_dim * fraction)
     if rotary_dim < 2 or rotary_dim % 2:
         raise UnsupportedModelError(
-            f"{reader.where}: an even part of each head should be rotated, but {key!r} gives {rotary_dim} of {head_dim}"
+            f"{reader.where}: 'head_dim' times {key!r} should be even and at least 2, but it is {rotary_dim}"
         )
     return rope_from_section(reader, section, rotary_dim, theta=theta, kinds=kinds)
 

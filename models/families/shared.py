@@ -121,11 +121,12 @@ def alternate(attention: AttentionSpec, windows: Sequence[int | None]) -> tuple[
     return tuple(dataclasses.replace(attention, window=window) for window in windows)
 
 
-def read_model(reader: ConfigReader, family: str, layers: Sequence[LayerSpec], **fields: Any) -> ModelConfig:
-    """The model around its layers."""
-    dtype = agreed(
-        [(k, reader.choice(k, DTYPES) if reader.get(k) else None) for k in ("dtype", "torch_dtype")], reader.where
-    )
+def read_model(
+    reader: ConfigReader, family: str, layers: Sequence[LayerSpec], *, default_dtype: str = "float32", **fields: Any
+) -> ModelConfig:
+    """The model around its layers; `fields` are ModelConfig's."""
+    given = [key for key in ("dtype", "torch_dtype") if reader.get(key) is not None]
+    dtype = agreed([(key, reader.choice(key, DTYPES)) for key in given], reader.where)
     return ModelConfig(
         **{
             "family": family,
@@ -135,7 +136,7 @@ def read_model(reader: ConfigReader, family: str, layers: Sequence[LayerSpec], *
             "max_context_len": _max_context_len(reader, layers),
             "norm_eps": reader.number("rms_norm_eps"),
             "tie_embeddings": reader.flag("tie_word_embeddings"),
-            "dtype": dtype or "float32",
+            "dtype": dtype or default_dtype,
             **fields,
         }
     )

@@ -130,7 +130,9 @@ def test_malformed_weight_map_is_refused(weight_map, sharded):
     refuses(sharded, "expected weight_map, an object of file names")
 
 
-@pytest.mark.parametrize("name", ["../one.safetensors", "/one.safetensors", "x/../../one.safetensors", "..\\one.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["../one.safetensors", "/one.safetensors", "x/../../one.safetensors", "..\\one.safetensors"]
+)
 def test_weight_map_that_leaves_its_directory_is_refused(name, sharded):
     directory = sharded / "inner"
     directory.mkdir()
