@@ -1,6 +1,6 @@
 """The arrays of one step as the decoder consumes them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Int
 
@@ -17,3 +17,14 @@ class StepBatch(NamedTuple):
     page_tables: Int[Array, "R B pages_per_slot"]
     cu_query_lens: Int[Array, "R B+1"]
     kv_lens: Int[Array, "R B"]
+
+
+_AXES: dict[str, Any] = {
+    "tokens": ("shard", "tokens"),
+    "positions": ("shard", "tokens"),
+    "rows": ("shard", "tokens"),
+    "page_tables": ("shard", "slots", None),
+    "cu_query_lens": ("shard", "slots"),
+    "kv_lens": ("shard", "slots"),
+}
+BATCH_AXES = StepBatch(**_AXES)  # logical axes in the place of arrays

@@ -62,7 +62,7 @@ def run_period(
 class Decoder(nnx.Module):
     """A decoder-only transformer; the layers of a stage are stacked by their position in its period."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.config = config
         self.embed = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
         self.stages = nnx.Dict(
@@ -145,14 +145,14 @@ class AbstractDecoder:
         return decoder
 
 
-def _specs(state: nnx.State) -> SpecTree:
+def _specs(state: Any) -> SpecTree:
     specs: SpecTree = {}
     for path, param in nnx.to_flat_state(state):
         axes = param.get_metadata("axes")
         if path[0] == "stages":
             axes = ("layers", *axes)
-        node = specs
+        node: Any = specs
         for key in path[:-1]:
-            node = node.setdefault(key, {})  # type: ignore[assignment]
+            node = node.setdefault(key, {})
         node[path[-1]] = ParamSpec(tuple(param.shape), param.dtype, axes)
     return specs

@@ -15,7 +15,7 @@ from ..pallas_kernels.paged_attention import PagedAttentionSpec, PagedBatch, pag
 from ..sharding.axes import Axes
 from ..sharding.rules import Placement
 from ..sharding.specs import ParamSpec
-from .batch import StepBatch
+from .batch import BATCH_AXES, StepBatch
 from .config import AttentionSpec, ModelConfig
 
 CACHE_AXES: Axes = ("shard", "layers", "pages", None, "cache_heads", "page", "head_dim")
@@ -61,33 +61,28 @@ class PagedAttend:
         repeats = cache.shape[4] // k.shape[2]
         if repeats > 1:
             k, v = jnp.repeat(k, repeats, axis=2), jnp.repeat(v, repeats, axis=2)
-        batch = self.batch
         heads: Axes = ("shard", "tokens", "heads", "head_dim")
         kv: Axes = ("shard", "tokens", "cache_heads", "head_dim")
-        arrays = [q, k, v, cache, layer, batch.positions, batch.rows, batch.page_tables, batch.cu_query_lens]
-        axes: list[Axes] = [heads, kv, kv, CACHE_AXES, (), ("shard", "tokens"), ("shard", "tokens")]
-        axes += [("shard", "slots", None), ("shard", "slots")]
-        arrays, axes = [*arrays, batch.kv_lens], [*axes, ("shard", "slots")]
-        if sinks is not None:
-            arrays, axes = [*arrays, sinks], [*axes, ("heads",)]
-        run = self.placement.map_shards(functools.partial(self._local, spec), axes, [heads, CACHE_AXES])
-        out, cache = run(*arrays)
+        in_axes = [heads, kv, kv, CACHE_AXES, (), BATCH_AXES, None if sinks is None else ("heads",)]
+        run = self.placement.map_shards(functools.partial(self._local, spec), in_axes, [heads, CACHE_AXES])
+        out, cache = run(q, k, v, cache, layer, self.batch, sinks)
         return out, cache
 
     def _local(
-        self, spec: AttentionSpec, q: Array, k: Array, v: Array, cache: Array, layer: Array, positions: Array,
-        rows: Array, page_tables: Array, cu_query_lens: Array, kv_lens: Array, sinks: Array | None = None,
+        self, spec: AttentionSpec, q: Array, k: Array, v: Array, cache: Array, layer: Array, batch: StepBatch,
+        sinks: Array | None,
     ) -> tuple[Array, Array]:  # fmt: skip
         # Every array but layer and sinks arrives with R = 1: this device's own data shard.
-        cache, tables, positions, rows = cache[0], page_tables[0], positions[0], rows[0]
+        cache = cache[0]
+        page_tables, positions, rows = batch.page_tables[0], batch.positions[0], batch.rows[0]
         num_pages, page_size = cache.shape[1], cache.shape[4]
-        is_padding = rows >= tables.shape[0]
-        pages = jnp.where(is_padding, num_pages, tables.at[rows, positions // page_size].get(mode="clip"))
+        is_padding = rows >= page_tables.shape[0]
+        pages = jnp.where(is_padding, num_pages, page_tables.at[rows, positions // page_size].get(mode="clip"))
         cache = write_kv(cache, layer, k[0], v[0], pages, positions % page_size)
         attention = PagedAttentionSpec(
             scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap, one_query_per_slot=self.one_query_per_slot
         )
-        paged = PagedBatch(tables, cu_query_lens[0], kv_lens[0])
+        paged = PagedBatch(page_tables, batch.cu_query_lens[0], batch.kv_lens[0])
         out = paged_attention(q[0], cache, layer, paged, spec=attention, kernels=self.kernels, sinks=sinks)
         # Left to choose, the compiler moves the axis of a single KV head, and copies the cache on its way in and out.
         return out[None], with_layout_constraint(cache[None], Layout(tuple(range(cache.ndim + 1))))

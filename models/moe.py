@@ -46,11 +46,14 @@ class Moe(nnx.Module):
             axes += [p.bias.get_metadata("axes") for p in projections if p.bias is not None]
 
         def local(x: Array, weights: Array, experts: Array, *arrays: Array) -> Array:
-            partial = self.run_experts(x[0], weights[0], experts[0], arrays, step)
-            return jax.lax.psum(partial, ("tensor", "expert"))[None]
+            total: Array = jax.lax.psum(
+                self.run_experts(x[0], weights[0], experts[0], arrays, step), ("tensor", "expert")
+            )
+            return total[None]
 
         run = step.placement.map_shards(local, [tokens, tokens, tokens, *axes], tokens)
-        return run(x, weights, experts, *arrays)
+        y: Array = run(x, weights, experts, *arrays)
+        return y
 
     def route(self, logits: Float[Array, "R T E"]) -> tuple[Float[Array, "R T k"], Int[Array, "R T k"]]:
         """The weights and the numbers of the experts that each token is sent to."""

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..models.decoder import AbstractDecoder
 from ..models.kv_cache import cache_spec
 from ..models.partition import partition
-from ..pallas_kernels.dispatch import KernelChoices
+from ..pallas_kernels.dispatch import KernelChoices, Platform
 from ..sharding.mesh import make_mesh
 from ..sharding.rules import Placement
 from ..sharding.specs import ParamSpec
@@ -105,7 +105,7 @@ def keep_programs(directory: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _platform(placement: Placement) -> str:
+def _platform(placement: Placement) -> Platform:
     platform = placement.mesh.devices.flat[0].platform
     return "cpu" if platform == "cpu" else "gpu"
 

@@ -53,7 +53,7 @@ class Continuation:
             index=self._index,
             text="".join(texts),
             token_ids=tokens,
-            cumulative_logprob=None if logprobs is None else sum(d[t].logprob for d, t in zip(logprobs, tokens, strict=True)),
+            cumulative_logprob=_sum(logprobs, tokens),
             logprobs=logprobs,
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -65,6 +65,10 @@ class Continuation:
         if count is None or scores is None:
             return None if count is None else []
         return [entry(self._tokenizer, scores, i, token, count) for i, token in enumerate(tokens)]
+
+
+def _sum(logprobs: list[dict[int, Logprob]] | None, tokens: Sequence[int]) -> float | None:
+    return None if logprobs is None else sum(d[t].logprob for d, t in zip(logprobs, tokens, strict=True))
 
 
 def entry(tokenizer: Tokenizer | None, scores: Scores, i: int, token: int, count: int) -> dict[int, Logprob]:

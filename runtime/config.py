@@ -28,7 +28,9 @@ class RuntimeConfig:
     model: str = "embedded"  # "embedded", a directory (Hugging Face or store), or org/name
     revision: str | None = None  # of org/name: the main branch
     dtype: str | None = None  # of weights and activations: the checkpoint's own
-    max_context_len: int | None = None  # prompt and output, in tokens: the checkpoint's own, at most 8192
+    # Prompt and output, in tokens: the checkpoint's own, at most 8192, and at most what its rope was trained on where
+    # a longer context changes the frequencies (dynamic, longrope).
+    max_context_len: int | None = None
     num_slots: int = 32  # sequences that run at once, on each data shard
     page_size: int = 16  # tokens of a KV cache page
     max_step_tokens: int | None = None  # query tokens of one step, on each data shard: 512, or twice num_slots if more

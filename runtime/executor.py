@@ -31,14 +31,16 @@ class StepResult:
     def scores(self) -> Scores:
         """Of the sampled tokens, arrays [num_steps, R, B, ...] on the host."""
         if self._scores is None:
-            self._scores = Scores(*(np.asarray(getattr(self._outputs.sampled, name)) for name in Scores._fields))
+            arrays: Any = {name: np.asarray(getattr(self._outputs.sampled, name)) for name in Scores._fields}
+            self._scores = Scores(**arrays)
         return self._scores
 
     def prompt_scores(self) -> Scores:
         """Of the token after each of the step's, arrays [R, T, ...] on the host."""
         assert self._outputs.prompt is not None
         if self._prompt is None:
-            self._prompt = Scores(*(np.asarray(array) for array in self._outputs.prompt))
+            arrays: Any = [np.asarray(array) for array in self._outputs.prompt]
+            self._prompt = Scores(*arrays)
         return self._prompt
 
 

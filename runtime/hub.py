@@ -76,8 +76,9 @@ def _fetch(
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"{at}: the model has no such revision. Name a branch, tag or commit of it.") from error
     except Exception as error:  # the client's transport, and what it raises, changes between versions
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{at}: cannot be fetched and is not in the cache, or not whole ({type(error).__name__}: {error}). "
-            "Check the network, or name a local directory."
+            f"{at}: cannot be fetched, and is not in the cache or not whole ({reason}). Check the network, or name a "
+            "local directory."
         ) from error
     return Path(folder)

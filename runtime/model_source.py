@@ -39,7 +39,7 @@ def open_model(model: str, revision: str | None) -> ModelSource:
     tokenizer = load_tokenizer(weights.path)
     eos_ids = eos_token_ids(weights.generation_config, weights.config, tokenizer.eos_id if tokenizer else None)
     if len(eos_ids) > MAX_STOP_IDS // 2:
-        raise CheckpointError(f"{weights.path}: at most {MAX_STOP_IDS // 2} eos_token_id are supported; got {len(eos_ids)}.")
+        raise CheckpointError(f"{weights.path}: expected at most {MAX_STOP_IDS // 2} eos_token_id; got {len(eos_ids)}.")
     return ModelSource(
         weights=weights,
         config=config_from_hf(dict(weights.config)),

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Compiled
 from jaxtyping import Array, Int
 from tqdm import tqdm
 
@@ -22,18 +22,18 @@ from ..sharding.specs import ParamSpec
 from . import slot_state
 from .batching import FROM_SLOT, NUM_FLAGS, Layout, StepInputs, unpack
 from .buckets import Bucket
-from .logprobs import Scores, prompt_logprobs
+from .logprobs import Scores, no_scores, prompt_logprobs
 from .sampling import Sampled, sample
 from .slot_state import SlotState, empty_slots
 
-_SLOT_AXES = SlotState(
-    last_tokens=("shard", "slots"),
-    counts=("shard", "slots", "vocab"),
-    bias=("shard", "slots", "vocab"),
-    recent=("shard", "slots", None),
-    bad_words=("shard", "slots", None, None),
-    stop_ids=("shard", "slots", None),
-)  # type: ignore[arg-type]  # axes in the place of arrays
+_SLOT_AXES: dict[str, Axes] = {
+    "last_tokens": ("shard", "slots"),
+    "counts": ("shard", "slots", "vocab"),
+    "bias": ("shard", "slots", "vocab"),
+    "recent": ("shard", "slots", None),
+    "bad_words": ("shard", "slots", None, None),
+    "stop_ids": ("shard", "slots", None),
+}
 
 
 class DeviceState(NamedTuple):
@@ -147,35 +147,26 @@ def decode_steps(
         outputs = jax.tree.map(lambda all, new: all.at[i].set(new), outputs, sampled)
         return i + 1, state, stopped, outputs
 
-    def unfinished(carry: tuple[Any, ...]) -> Array:
+    def goes_on(carry: tuple[Any, ...]) -> Array:
         i, _, stopped, _ = carry
-        return (i < inputs.num_steps) & jnp.any((i < inputs.budgets) & ~stopped)
+        unfinished: Array = (i < inputs.num_steps) & jnp.any((i < inputs.budgets) & ~stopped)
+        return unfinished
 
     shape = (model.max_decode_steps, *inputs.budgets.shape)
-    outputs = jax.tree.map(lambda a: jnp.zeros((*shape, *a.shape[1:]), a.dtype), _sampled_shapes())
+    one_row = jax.eval_shape(lambda: Sampled(jnp.zeros(1, jnp.int32), *no_scores(1)))
+    outputs = jax.tree.map(lambda a: jnp.zeros((*shape, *a.shape[1:]), a.dtype), one_row)
     stopped = jnp.zeros(inputs.budgets.shape, bool)
-    _, state, _, outputs = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, stopped, outputs))
+    _, state, _, outputs = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, stopped, outputs))
     return state, StepOutputs(outputs, None)
-
-
-def _sampled_shapes() -> Sampled:
-    """The Sampled of one row, [1, ...]."""
-    from .logprobs import no_scores
-
-    scores = jax.eval_shape(lambda: no_scores(1))
-    return Sampled(jax.ShapeDtypeStruct((1,), jnp.int32), *scores)  # type: ignore[arg-type]
-
-
-type Program = Callable[[Params, DeviceState, Any, Any], tuple[DeviceState, StepOutputs]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
     """All that a runtime ever runs on its devices."""
 
-    steps: dict[Bucket, Program]
-    install: Callable[[DeviceState, Any, Any], DeviceState]  # (state, slot of each shard [R], SlotState of one slot)
-    initial_state: Callable[[], DeviceState]
+    steps: dict[Bucket, Compiled]  # (params, state, packed, flags) -> (state, outputs); the state is donated
+    install: Compiled  # (state, slot of each shard [R], SlotState of one slot) -> state; the state is donated
+    initial_state: Compiled  # () -> state
 
 
 def _abstract(spec: ParamSpec, placement: Placement) -> jax.ShapeDtypeStruct:
@@ -188,11 +179,6 @@ def abstract_params(model: StepModel) -> Any:
     return jax.tree.map(lambda s: _abstract(s, model.placement), model.decoder.specs, is_leaf=is_spec)
 
 
-def state_axes() -> DeviceState:
-    """The logical axes of the device state."""
-    return DeviceState(CACHE_AXES, _SLOT_AXES)  # type: ignore[arg-type]
-
-
 def _make_state(model: StepModel) -> DeviceState:
     one = empty_slots(model.num_slots, model.decoder.config.vocab_size)
     shards = model.placement.num_shards
@@ -200,65 +186,60 @@ def _make_state(model: StepModel) -> DeviceState:
     return DeviceState(jnp.zeros(model.cache.shape, model.cache.dtype), slots)
 
 
+def _state_shardings(placement: Placement) -> DeviceState:
+    slots: dict[str, Any] = {name: placement.sharding(axes) for name, axes in _SLOT_AXES.items()}
+    cache: Any = placement.sharding(CACHE_AXES)
+    return DeviceState(cache, SlotState(**slots))
+
+
 def compile_programs(model: StepModel, buckets: tuple[Bucket, ...], *, show_progress: bool) -> Programs:
     """Lower and compile every program of a runtime, from shapes alone: no weight need exist."""
-    placement = model.placement
-    shard_state = jax.tree.map(placement.sharding, state_axes(), is_leaf=_are_axes)
-    abstract_state = jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        jax.eval_shape(lambda: _make_state(model)),
-        shard_state,
-    )
-    params = abstract_params(model)
-    everywhere = placement.sharding(())
-    progress = tqdm(total=len(buckets) + 2, desc="compiling", unit="program", delay=1, disable=not show_progress)
-    with progress:
-        steps = {}
+    shardings = _state_shardings(model.placement)
+    shapes = jax.eval_shape(lambda: _make_state(model))
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
+    steps = {}
+    with tqdm(total=len(buckets) + 2, desc="compiling", unit="program", delay=1, disable=not show_progress) as bar:
         for bucket in buckets:
-            progress.set_postfix_str(str(bucket))
-            layout = Layout(bucket, model.pages_per_slot)
-            packed = _abstract(
-                ParamSpec((placement.num_shards, layout.width), np.dtype(np.int32), ("shard", None)), placement
-            )
-            flags = jax.ShapeDtypeStruct((NUM_FLAGS,), jnp.int32, sharding=everywhere)
-            fn = functools.partial(decode_steps if bucket.is_decode else mixed_step, model, layout)
-            shardings = (shard_state, _output_shardings(bucket, placement))
-            jitted = jax.jit(fn, donate_argnums=1, out_shardings=shardings)
-            steps[bucket] = jitted.lower(params, abstract_state, packed, flags).compile()
-            progress.update()
-        install = _compile_install(model, abstract_state, shard_state)
-        progress.update()
-        initial_state = jax.jit(lambda: _make_state(model), out_shardings=shard_state).lower().compile()
-        progress.update()
+            bar.set_postfix_str(str(bucket))
+            steps[bucket] = _compile_step(model, bucket, state)
+            bar.update()
+        install = _compile_install(model, state)
+        bar.update()
+        initial_state = jax.jit(lambda: _make_state(model), out_shardings=shardings).lower().compile()
+        bar.update()
     return Programs(steps=steps, install=install, initial_state=initial_state)
 
 
-def _are_axes(x: object) -> bool:
-    return type(x) is tuple
+def _compile_step(model: StepModel, bucket: Bucket, state: DeviceState) -> Compiled:
+    placement = model.placement
+    layout = Layout(bucket, model.pages_per_slot)
+    packed = ParamSpec((placement.num_shards, layout.width), np.dtype(np.int32), ("shard", None))
+    flags = ParamSpec((NUM_FLAGS,), np.dtype(np.int32), (None,))
+    step = functools.partial(decode_steps if bucket.is_decode else mixed_step, model, layout)
+    out_shardings = (_state_shardings(placement), _output_shardings(bucket, placement))
+    jitted = jax.jit(step, donate_argnums=1, out_shardings=out_shardings)
+    return jitted.lower(abstract_params(model), state, *(_abstract(s, placement) for s in (packed, flags))).compile()
 
 
 def _output_shardings(bucket: Bucket, placement: Placement) -> StepOutputs:
     rows = placement.sharding((None, "shard", "slots"))
     tops = placement.sharding((None, "shard", "slots", None))
-    sampled: Any = Sampled(rows, rows, rows, tops, tops)  # type: ignore[arg-type]
+    sampled: Any = {"tokens": rows, "logprob": rows, "rank": rows, "top_ids": tops, "top_logprobs": tops}
     if bucket.is_decode:
-        return StepOutputs(sampled, None)
-    tokens = placement.sharding(("shard", "tokens"))
-    token_tops = placement.sharding(("shard", "tokens", None))
-    return StepOutputs(sampled, Scores(tokens, tokens, token_tops, token_tops))  # type: ignore[arg-type]
+        return StepOutputs(Sampled(**sampled), None)
+    tokens, token_tops = placement.sharding(("shard", "tokens")), placement.sharding(("shard", "tokens", None))
+    prompt: Any = {"logprob": tokens, "rank": tokens, "top_ids": token_tops, "top_logprobs": token_tops}
+    return StepOutputs(Sampled(**sampled), Scores(**prompt))
 
 
-def _compile_install(model: StepModel, abstract_state: DeviceState, shard_state: DeviceState) -> Any:
+def _compile_install(model: StepModel, state: DeviceState) -> Compiled:
     everywhere = model.placement.sharding(())
-    one_slot = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape[2:], a.dtype, sharding=everywhere), abstract_state.slots
-    )
-    axes: Axes = ("shard",)
-    slot = _abstract(ParamSpec((model.placement.num_shards,), np.dtype(np.int32), axes), model.placement)
+    row = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[2:], a.dtype, sharding=everywhere), state.slots)
+    slot = _abstract(ParamSpec((model.placement.num_shards,), np.dtype(np.int32), ("shard",)), model.placement)
 
     def install(state: DeviceState, slot: Array, row: SlotState) -> DeviceState:
         slots = jax.vmap(slot_state.install, in_axes=(0, 0, None))(state.slots, slot, row)
         return DeviceState(state.cache, slots)
 
-    jitted = jax.jit(install, donate_argnums=0, out_shardings=shard_state)
-    return jitted.lower(abstract_state, slot, one_slot).compile()
+    jitted = jax.jit(install, donate_argnums=0, out_shardings=_state_shardings(model.placement))
+    return jitted.lower(state, slot, row).compile()

@@ -37,10 +37,15 @@ def resolve(config: RuntimeConfig, model: ModelConfig, dtype: np.dtype) -> Runti
         )
     return config.replace(
         dtype=dtype.name,
-        max_context_len=config.max_context_len or min(model.max_context_len, DEFAULT_CONTEXT_LEN),
+        max_context_len=config.max_context_len or _default_context_len(model),
         max_step_tokens=config.max_step_tokens or max(DEFAULT_STEP_TOKENS, 2 * config.num_slots),
         kv_cache_dtype=config.kv_cache_dtype or dtype.name,
     )
+
+
+def _default_context_len(model: ModelConfig) -> int:
+    """A context past the original one stretches dynamic and longrope frequencies, so that is left to be asked for."""
+    return min(model.max_context_len, model.unstretched_len or model.max_context_len, DEFAULT_CONTEXT_LEN)
 
 
 def size_cache(config: RuntimeConfig, model: ModelConfig, placement: Placement, weight_bytes: int) -> CacheSize:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -56,13 +56,16 @@ class Placement:
         """`x`, with the compiler held to the sharding of `axes`."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
-    def map_shards[F: Callable[..., Any]](self, fn: F, in_axes: Sequence[Axes], out_axes: Any) -> F:
+    def map_shards(self, fn: Callable[..., Any], in_axes: list[Any], out_axes: Any) -> Callable[..., Any]:
         """`fn` run on each device's own part, so that nothing in it can gather across shards.
 
-        `out_axes` is one Axes, or a list of them for a function that returns a tuple.
+        `in_axes` has the Axes of each argument, or a tree of them for an argument that is a tree; `out_axes` one, or
+        a list for a function that returns a tuple.
         """
-        out_specs = tuple(map(self.spec, out_axes)) if isinstance(out_axes, list) else self.spec(out_axes)
-        mapped = jax.shard_map(
-            fn, mesh=self.mesh, in_specs=tuple(map(self.spec, in_axes)), out_specs=out_specs, check_vma=False
-        )
-        return mapped  # type: ignore[return-value]
+
+        def specs(axes: Any) -> Any:
+            return jax.tree.map(self.spec, axes, is_leaf=lambda x: type(x) is tuple)
+
+        out_specs = tuple(specs(out_axes)) if isinstance(out_axes, list) else specs(out_axes)
+        in_specs = tuple(specs(in_axes))
+        return jax.shard_map(fn, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

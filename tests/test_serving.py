@@ -78,7 +78,7 @@ def test_a_bad_neighbour_changes_no_bit(runtime: Runtime) -> None:
     for bad in ([], [10**9], [1] * 1000, "text"):
         with pytest.raises(InvalidRequestError):
             runtime.submit(bad, params)
-    assert first.result().outputs[0] .logprobs == before.logprobs
+    assert first.result().outputs[0].logprobs == before.logprobs
 
 
 def test_preempted_sequences_give_the_same_tokens(open_tiny: OpenTiny, runtime: Runtime) -> None:
@@ -187,9 +187,7 @@ def test_a_cancelled_request_ends_with_abort(runtime: Runtime) -> None:
 def test_many_threads_may_submit(runtime: Runtime) -> None:
     expected = [tokens(runtime, [3 + i, 4]) for i in range(8)]
     found: dict[int, list[int]] = {}
-    threads = [
-        threading.Thread(target=lambda i=i: found.update({i: tokens(runtime, [3 + i, 4])})) for i in range(8)
-    ]
+    threads = [threading.Thread(target=lambda i=i: found.update({i: tokens(runtime, [3 + i, 4])})) for i in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""The text that the embedded model learns from: the Python standard library of the running interpreter (PSF licence)."""
+"""What the embedded model learns from: the standard library of the running Python interpreter (PSF licence)."""
 
 import hashlib
 import sysconfig

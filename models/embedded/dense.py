@@ -1,7 +1,6 @@
 """Attention of whole sequences over themselves, for training: no pages, no cache."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..config import AttentionSpec

@@ -32,6 +32,8 @@ from . import corpus, dense
 
 FLAGS = flags.FLAGS
 
+type Loss = Callable[[Params, jax.Array], jax.Array]  # of the parameters and sequences [R, T + 1]
+
 HF_CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -75,7 +77,7 @@ def model_config() -> ModelConfig:
     )
 
 
-def make_loss(config: ModelConfig) -> Callable[[Params, jax.Array], jax.Array]:
+def make_loss(config: ModelConfig) -> Loss:
     """Mean cross entropy, in nats per token, of sequences [R, T + 1]."""
     decoder = AbstractDecoder(config, jnp.dtype("float32"))
     placement = Placement(make_mesh())
@@ -89,7 +91,8 @@ def make_loss(config: ModelConfig) -> Callable[[Params, jax.Array], jax.Array]:
         model = decoder.bind(params)
         x, _ = model.run_layers(model.embed_tokens(inputs, step), None, step)
         logits = model.logits(x, step)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        mean: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, targets).mean()
+        return mean
 
     return loss
 
@@ -124,7 +127,7 @@ def batches(stream: np.ndarray, batch: int, length: int, seed: int) -> Any:
         yield np.stack([stream[s : s + length + 1] for s in starts])
 
 
-def bits_per_byte(loss: Callable[[Params, jax.Array], jax.Array], params: Params, tokenizer: Any, texts: list[str]) -> float:
+def bits_per_byte(loss: Loss, params: Params, tokenizer: Any, texts: list[str]) -> float:
     """Held-out cross entropy in bits per byte of text, windows of 512 tokens, without overlap."""
     length = 512
     total, num_bytes = 0.0, sum(len(t.encode()) for t in texts)
@@ -141,11 +144,11 @@ def train(num_steps: int, batch: int, length: int, learning_rate: float, seed: i
     texts, held_out = corpus.split()
     tokenizer = corpus.train_tokenizer(texts, HF_CONFIG["vocab_size"])
     ids = corpus.encode(tokenizer, texts)
-    np.random.default_rng(seed).shuffle(ids)  # type: ignore[arg-type]
+    np.random.default_rng(seed).shuffle(ids)
     stream = np.concatenate(ids)
     config = model_config()
     loss = make_loss(config)
-    params = nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))[1])
+    params = nnx.to_pure_dict(nnx.split(Decoder(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(seed)))[1])
     params["embed"]["weight"] = params["embed"]["weight"] * 0.3
     optimizer = make_optimizer(num_steps, learning_rate)
     state = optimizer.init(params)

@@ -35,19 +35,14 @@ def read_rope(
     fraction = agreed([(key, each.optional_number(key)) for each in (section, reader)], reader.where) or 1.0
     if fraction > 1 or not (partial or fraction == 1):
         raise UnsupportedModelError(f"{reader.where}: {key!r} should be {'at most ' * partial}1, but it is {fraction}")
-    rotary_dim = int(head_dim * fraction)
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise UnsupportedModelError(
-            f"{reader.where}: 'head_dim' times {key!r} should be even and at least 2, but it is {rotary_dim}"
-        )
-    return rope_from_section(reader, section, rotary_dim, theta=theta, kinds=kinds)
+    return rope_from_section(reader, section, int(head_dim * fraction), theta=theta, kinds=kinds)
 
 
 def rope_section(reader: ConfigReader) -> ConfigReader:
     """The rope's own object, empty if the config has none; of two spellings one has to be null, or both equal."""
     spellings = [(key, reader.get(key)) for key in ("rope_parameters", "rope_scaling")]
-    agreed([(key, value or None) for key, value in spellings], reader.where)
-    given = [key for key, value in spellings if value is not None]
+    given = [key for key, value in spellings if value is not None and value != {}]
+    agreed([(key, reader.get(key)) for key in given], reader.where)
     return reader.section(given[0], SECTION_DEFAULTS) if given else ConfigReader({}, SECTION_DEFAULTS)
 
 
@@ -56,6 +51,11 @@ def rope_from_section(
     kinds: Mapping[str, RopeKind] = KINDS, theta_key: str = "rope_theta",
 ) -> RopeSpec:  # fmt: skip
     """The rope that `section` describes, its base being there or in the reader's `theta_key`."""
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise UnsupportedModelError(
+            f"{reader.where}: the part of each head that is rotated ('head_dim' times 'partial_rotary_factor') should "
+            f"be even, but it is {rotary_dim}"
+        )
     kind = _kind(section, kinds)
     bases = [("rope_theta", section.optional_number("rope_theta", above=1)),
              (theta_key, reader.optional_number(theta_key, above=1))]  # fmt: skip
@@ -76,18 +76,18 @@ def _fields(kind: RopeKind, reader: ConfigReader, section: ConfigReader, rotary_
         return {}
     max_len = reader.integer("max_position_embeddings")
     if kind == "linear":
-        return {"factor": section.number("factor")}
+        return {"factor": _factor(section)}
     if kind == "dynamic":
-        return {"factor": section.number("factor"), "original_max_len": max_len}
+        return {"factor": _factor(section), "original_max_len": max_len}
     original = _original_max_len(reader, section, max_len)
     if kind == "llama3":
         low, high = section.number("low_freq_factor"), section.number("high_freq_factor")
         if not high > low:
             raise section.wrong("high_freq_factor", f"above low_freq_factor, {low:g}")
-        fields: dict[str, Any] = {"factor": section.number("factor"), "low_freq_factor": low, "high_freq_factor": high}
+        fields: dict[str, Any] = {"factor": _factor(section), "low_freq_factor": low, "high_freq_factor": high}
         return {**fields, "original_max_len": original}
     fields = {
-        "factor": section.optional_number("factor") or max_len / original,
+        "factor": max_len / original if section.get("factor") is None else _factor(section),
         "original_max_len": original,
         "attention_factor": section.optional_number("attention_factor"),
     }
@@ -102,6 +102,13 @@ def _fields(kind: RopeKind, reader: ConfigReader, section: ConfigReader, rotary_
         "mscale_all_dim": section.optional_number("mscale_all_dim"),
         "truncate": section.flag("truncate"),
     }
+
+
+def _factor(section: ConfigReader) -> float:
+    factor = section.number("factor")
+    if factor < 1:
+        raise section.wrong("factor", "at least 1")
+    return factor
 
 
 def _original_max_len(reader: ConfigReader, section: ConfigReader, max_len: int) -> int:

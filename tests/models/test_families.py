@@ -206,7 +206,7 @@ def test_the_nested_gemma3_equals_the_text_config_in_it() -> None:
         ("num_hidden_layers", 10**6, "at most 1024"),
         ("num_key_value_heads", 3, "a divisor of num_attention_heads"),
         ("num_attention_heads", 5, "num_key_value_heads"),
-        ("head_dim", 7, "should be even and at least 2"),
+        ("head_dim", 7, "should be even, but it is 7"),
         ("rms_norm_eps", float("nan"), "a finite number above 0"),
         ("rms_norm_eps", -1e-6, "a finite number above 0"),
         ("rope_theta", float("inf"), "a finite number above 1"),
@@ -218,6 +218,7 @@ def test_the_nested_gemma3_equals_the_text_config_in_it() -> None:
         ("rope_scaling", {"type": "stretchy", "factor": 2.0}, "one of default"),
         ("rope_scaling", {"type": "linear"}, "lacks 'factor'"),
         ("rope_scaling", {"type": "linear", "factor": -2.0}, "a finite number above 0"),
+        ("rope_scaling", {"type": "linear", "factor": 0.5}, "at least 1"),
         ("rope_scaling", {"type": "linear", "rope_type": "yarn", "factor": 2.0}, "contradicts itself"),
         ("partial_rotary_factor", 0.5, "'partial_rotary_factor' should be 1"),
         ("quantization_config", {"quant_method": "gptq"}, "'quantization_config' is"),
@@ -255,6 +256,11 @@ def test_a_value_that_a_family_cannot_serve_is_refused(name: str, changes: dict[
 def test_an_unknown_family_is_refused_with_the_nearest_known_one() -> None:
     with pytest.raises(UnsupportedModelError, match="is it a qwen3\\?"):
         config_from_hf({**LLAMA, "model_type": "qwen33"})
+
+
+def test_an_empty_rope_object_leaves_the_other_spelling_in_force() -> None:
+    config = llama_rope(type="linear", factor=2.0)
+    assert config_from_hf({**config, "rope_parameters": {}}) == config_from_hf(config)
 
 
 def test_two_spellings_that_disagree_are_refused() -> None:
