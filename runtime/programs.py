@@ -20,10 +20,10 @@ from ..sharding.axes import Axes
 from ..sharding.rules import Placement
 from ..sharding.specs import ParamSpec
 from . import slot_state
-from .batching import FROM_SLOT, NUM_FLAGS, Layout, StepInputs, unpack
+from .batching import FROM_SLOT, NUM_FLAGS, Layout, unpack
 from .buckets import Bucket
 from .logprobs import Scores, no_scores, prompt_logprobs
-from .sampling import Sampled, sample
+from .sampling import Sampled, SamplingRows, Wants, sample
 from .slot_state import SlotState, empty_slots
 
 _SLOT_AXES: dict[str, Axes] = {
@@ -88,13 +88,13 @@ def _input_tokens(batch: StepBatch, slots: SlotState, row_slots: Int[Array, "R B
     return jax.vmap(one_shard)(batch.tokens, batch.rows, row_slots, slots.last_tokens)
 
 
+@jax.jit  # programs with as many rows share its trace
 def _sample_and_record(
-    logits: Array, slots: SlotState, inputs: StepInputs, positions: Array, active: Array
+    logits: Array, slots: SlotState, rows: SamplingRows, positions: Array, active: Array, wants: Wants
 ) -> tuple[Sampled, SlotState]:
     """Sample each row's token at `positions` [R, B] and remember those of the active rows."""
-    sampled = jax.vmap(sample, in_axes=(0, 0, 0, 0, None))(logits, slots, inputs.sampling, positions, inputs.wants)
-    slots = jax.vmap(slot_state.record)(slots, inputs.sampling.slots, sampled.tokens, active)
-    return sampled, slots
+    sampled = jax.vmap(sample, in_axes=(0, 0, 0, 0, None))(logits, slots, rows, positions, wants)
+    return sampled, jax.vmap(slot_state.record)(slots, rows.slots, sampled.tokens, active)
 
 
 def mixed_step(
@@ -108,8 +108,9 @@ def mixed_step(
     last = jnp.maximum(inputs.batch.cu_query_lens[:, 1:] - 1, 0)
     rows = model.placement.constrain(jax.vmap(slot_state.rows_of)(x, last), "shard", "slots", "embed")
     logits = model.placement.constrain(decoder.logits(rows, step), "shard", "slots", "vocab")
-    samples = inputs.budgets > 0
-    sampled, slots = _sample_and_record(logits, state.slots, inputs, inputs.batch.kv_lens, samples)
+    sampled, slots = _sample_and_record(
+        logits, state.slots, inputs.sampling, inputs.batch.kv_lens, inputs.budgets > 0, inputs.wants
+    )
     scored = jax.vmap(prompt_logprobs, in_axes=(0, None, 0, None))
     prompt = scored(x, lambda block: decoder.logits(block, step), inputs.targets, inputs.any_prompt_logprobs)
     return DeviceState(cache, slots), StepOutputs(jax.tree.map(lambda a: a[None], sampled), prompt)
@@ -136,7 +137,9 @@ def decode_steps(
         )
         x, cache, step = model.forward(decoder, batch, state.cache, is_decode=True)
         logits = model.placement.constrain(decoder.logits(x, step), "shard", "slots", "vocab")
-        sampled, slots = _sample_and_record(logits, state.slots, inputs, batch.positions + 1, active)
+        sampled, slots = _sample_and_record(
+            logits, state.slots, inputs.sampling, batch.positions + 1, active, inputs.wants
+        )
         stop_ids = jax.vmap(slot_state.rows_of)(slots.stop_ids, inputs.sampling.slots)
         stopped |= jnp.any(stop_ids == sampled.tokens[..., None], axis=-1)
         return DeviceState(cache, slots), stopped, sampled

@@ -11,8 +11,8 @@ import time
 
 import jax.numpy as jnp
 from jax.experimental import topologies
+from llama import llama
 
-from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, RopeSpec
 from millrace.models.decoder import AbstractDecoder
 from millrace.models.kv_cache import cache_spec
 from millrace.models.partition import partition
@@ -25,19 +25,12 @@ from millrace.sharding.targets import TARGETS
 GIB = 2**30
 
 
-def llama_8b() -> ModelConfig:
-    rope = RopeSpec(theta=5e5, rotary_dim=128)
-    attention = AttentionSpec(num_heads=32, num_kv_heads=8, head_dim=128, scale=128**-0.5, rope=rope)
-    layer = LayerSpec(attention=attention, mlp=MlpSpec(mlp_dim=14336))
-    return ModelConfig(family="llama", vocab_size=128256, embed_dim=4096, layers=(layer,) * 32, max_context_len=8192)
-
-
 def main() -> None:
     target = TARGETS["h200"]
     topology = topologies.get_topology_desc(
         target.name, platform="cuda", target_config=target.description, topology="1x1x1"
     )
-    config = llama_8b()
+    config = llama(num_layers=32)
     placement = partition(config, make_mesh({}, topology.devices))
     model = StepModel(
         decoder=AbstractDecoder(config, jnp.dtype("bfloat16")),
