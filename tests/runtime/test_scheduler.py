@@ -1,0 +1,242 @@
+"""Scheduler and pages under random traffic, played as the step loop plays them, against a model of the cache.
+
+The fake device keeps what every step writes: (shard, page, offset) -> token. A query is right if what it would read
+are the tokens of its own sequence. The fake model's next token depends on all tokens before it, so that a token that
+is lost, doubled or read from a wrong page changes everything after it.
+"""
+
+import dataclasses
+from collections.abc import Sequence as Items
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from millrace import SamplingParams
+from millrace.runtime.buckets import make_buckets, pick
+from millrace.runtime.plan import StepPlan
+from millrace.runtime.request import Request
+from millrace.runtime.scheduler import Scheduler, SchedulerConfig
+from millrace.runtime.sequence import Sequence, Status
+
+VOCAB, STOP = 11, 7
+
+
+def request(prompt: Items[int], max_new: int, n: int = 1, stops: bool = True) -> Request:
+    return Request(
+        request_id="r",
+        prompt=None,
+        prompt_token_ids=tuple(prompt),
+        params=SamplingParams(max_tokens=max_new, n=n, seed=1),
+        max_new_tokens=max_new,
+        eos_ids=frozenset(),
+        stop_ids=frozenset({STOP} if stops else ()),
+        bad_word_ids=(),
+    )
+
+
+def next_token(tokens: Items[int], index: int) -> int:
+    return (sum((i + 1) * t for i, t in enumerate(tokens)) + len(tokens) + index) % VOCAB
+
+
+def expected_tokens(request: Request, index: int) -> list[int]:
+    """What a loop over one sequence alone gives."""
+    tokens = list(request.prompt_token_ids)
+    for _ in range(request.max_new_tokens):
+        tokens.append(next_token(tokens, index))
+        if tokens[-1] in request.stop_ids:
+            break
+    return tokens
+
+
+class Device:
+    """Executes plans in order; checks every read and every write."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.page_size = config.page_size
+        self.cache: dict[tuple[int, int, int], int] = {}
+        self.last_token: dict[tuple[int, int], int] = {}
+
+    def run(self, plan: StepPlan) -> np.ndarray:
+        rows = max(shard.num_rows for shard in plan.shards)
+        tokens = np.full((plan.num_steps, len(plan.shards), rows), -5)
+        for r, shard in enumerate(plan.shards):
+            for row, sequence in enumerate(shard.decoding):
+                slot, table = (r, int(shard.slots[row])), shard.page_tables[row]
+                for step in range(shard.budgets[row]):
+                    position = int(shard.positions[row]) + step
+                    self.write(r, table, position, self.last_token[slot])
+                    self.last_token[slot] = tokens[step, r, row] = next_token(
+                        self.read(r, table, position + 1), sequence.index
+                    )
+            for row, chunk in enumerate(shard.chunks, start=len(shard.decoding)):
+                table, end = shard.page_tables[row], chunk.start + chunk.num_tokens
+                for position in range(chunk.start, end):
+                    self.write(r, table, position, chunk.sequence.tokens[position])
+                assert self.read(r, table, end) == chunk.sequence.tokens[:end], "found pages hold other tokens"
+                if chunk.samples:
+                    token = next_token(self.read(r, table, end), chunk.sequence.index)
+                    self.last_token[r, chunk.slot] = tokens[0, r, row] = token
+        return tokens
+
+    def write(self, shard: int, table: np.ndarray, position: int, token: int) -> None:
+        self.cache[shard, int(table[position // self.page_size]), position % self.page_size] = token
+
+    def read(self, shard: int, table: np.ndarray, num_tokens: int) -> list[int]:
+        places = [(shard, int(table[p // self.page_size]), p % self.page_size) for p in range(num_tokens)]
+        return [self.cache[place] for place in places]
+
+
+def check_pages(scheduler: Scheduler, plan: StepPlan) -> None:
+    """Pages that a step writes belong to one sequence alone; no owner is lost."""
+    size = scheduler.config.page_size
+    for shard, part in zip(scheduler.shards, plan.shards, strict=True):
+        written: list[int] = []
+        for row in range(len(part.decoding)):
+            first, budget = int(part.positions[row]), int(part.budgets[row])
+            pages = {p // size for p in range(first, first + budget)}
+            written += [int(part.page_tables[row, page]) for page in pages]
+        for row, chunk in enumerate(part.chunks, start=len(part.decoding)):
+            pages = {p // size for p in range(chunk.start, chunk.start + chunk.num_tokens)}
+            written += [int(part.page_tables[row, page]) for page in pages]
+        assert len(written) == len(set(written)), "two writers of one page"
+        assert all(shard.pool.num_owners(page) == 1 for page in written), "a shared page is written"
+        held = [page for s in shard.sequences if s is not None for page in s.pages]
+        assert shard.pool.num_free == shard.pool.num_pages - len(set(held))
+
+
+@dataclasses.dataclass
+class Play:
+    """One run of the loop: arrivals and cancellations by step."""
+
+    config: SchedulerConfig
+    arrivals: list[tuple[int, Request]]
+    cancellations: dict[int, int]  # step -> number of a sequence
+
+    def run(self) -> tuple[Scheduler, list[Sequence], list[StepPlan]]:
+        scheduler, device = Scheduler(self.config), Device(self.config)
+        buckets = make_buckets(self.config.num_slots, self.config.max_step_tokens)
+        sequences: list[Sequence] = []
+        plans: list[StepPlan] = []
+        in_flight: tuple[StepPlan, np.ndarray] | None = None
+        waiting = sorted(self.arrivals, key=lambda arrival: arrival[0])
+        for step in range(4000):
+            while waiting and waiting[0][0] <= step:
+                sequences += scheduler.add(waiting.pop(0)[1])
+            if self.cancellations.get(step, len(sequences)) < len(sequences):
+                scheduler.finish(sequences[self.cancellations[step]], "abort")
+            plan = scheduler.plan()
+            if plan is not None:
+                check_pages(scheduler, plan)
+                assert plan.num_tokens <= self.config.max_step_tokens
+                assert pick(buckets, plan.is_decode, plan.num_tokens)
+                plans.append(plan)
+            tokens = device.run(plan) if plan is not None else None
+            if in_flight is not None:
+                scheduler.commit(*in_flight)
+            in_flight = (plan, tokens) if plan is not None and tokens is not None else None
+            if plan is None and in_flight is None and not waiting and not scheduler.num_waiting:
+                return scheduler, sequences, plans
+        raise AssertionError("the loop does not end")
+
+
+@st.composite
+def plays(draw: st.DrawFn) -> Play:
+    page_size = draw(st.integers(1, 5))
+    max_len = draw(st.integers(6, 30))
+    num_slots = draw(st.integers(1, 4))
+    config = SchedulerConfig(
+        num_shards=draw(st.integers(1, 2)),
+        num_slots=num_slots,
+        num_pages=-(-max_len // page_size) + draw(st.integers(0, 8)),
+        page_size=page_size,
+        max_context_len=max_len,
+        max_step_tokens=num_slots + draw(st.integers(1, 12)),
+        max_decode_steps=draw(st.integers(1, 4)),
+        prefix_caching=draw(st.booleans()),
+    )
+    arrivals = []
+    for _ in range(draw(st.integers(1, 10))):
+        prompt_len = draw(st.integers(1, max_len - 1))
+        prompt = [draw(st.integers(0, 1)), *(i % 3 for i in range(prompt_len - 1))]  # many share their beginning
+        max_new = draw(st.integers(1, max_len - prompt_len))
+        arrivals.append((draw(st.integers(0, 12)), request(prompt, max_new, n=draw(st.integers(1, 3)))))
+    cancellations = draw(st.dictionaries(st.integers(0, 30), st.integers(0, 9), max_size=3))
+    return Play(config, arrivals, cancellations)
+
+
+@given(plays())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_every_sequence_ends_with_its_own_tokens_and_no_page_is_leaked(play: Play) -> None:
+    scheduler, sequences, _ = play.run()
+    for sequence in sequences:
+        assert sequence.status is Status.FINISHED
+        alone = expected_tokens(sequence.request, sequence.index)
+        if sequence.finish_reason == "abort":
+            assert sequence.tokens == alone[: len(sequence.tokens)]
+        else:
+            assert sequence.tokens == alone
+            assert sequence.finish_reason == ("stop" if alone[-1] == STOP else "length")
+    for shard in scheduler.shards:
+        assert shard.pool.num_free == shard.pool.num_pages
+        assert sorted(shard.free_slots) == list(range(play.config.num_slots))
+
+
+@given(plays())
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_the_same_traffic_gives_the_same_plans(play: Play) -> None:
+    first, second = ([_summary(plan) for plan in play.run()[2]] for _ in range(2))
+    assert first == second
+
+
+def _summary(plan: StepPlan) -> list[object]:
+    parts = [
+        (s.slots.tolist(), s.positions.tolist(), s.budgets.tolist(), s.page_tables.tolist(), len(s.chunks))
+        for s in plan.shards
+    ]
+    return [plan.num_steps, *parts]
+
+
+CONFIG = SchedulerConfig(
+    num_shards=1,
+    num_slots=4,
+    num_pages=16,
+    page_size=4,
+    max_context_len=32,
+    max_step_tokens=12,
+    max_decode_steps=4,
+    prefix_caching=True,
+)
+
+
+def test_decodes_go_on_while_a_long_prompt_is_computed_in_chunks() -> None:
+    long = request([1] * 28, 2, stops=False)
+    plans = Play(CONFIG, [(0, request([2], 20, stops=False)), (3, long)], {}).run()[2]
+    mixed = [plan for plan in plans if plan.shards[0].chunks and plan.shards[0].decoding]
+    assert len(mixed) >= 3 and all(plan.num_tokens <= 12 for plan in mixed)
+
+
+def test_several_decode_steps_share_a_dispatch_when_no_prompt_is_computed() -> None:
+    plans = Play(CONFIG, [(0, request([2], 13, stops=False))], {}).run()[2]
+    assert [plan.num_steps for plan in plans] == [1, 4, 4, 4]
+
+
+def test_the_youngest_is_preempted_when_pages_run_out() -> None:
+    small = dataclasses.replace(CONFIG, num_pages=8, prefix_caching=False)
+    requests = [request([i] * 8, 20, stops=False) for i in range(3)]
+    scheduler, sequences, _ = Play(small, [(0, r) for r in requests], {}).run()
+    assert scheduler.num_preemptions > 0 and sequences[0].num_preemptions == 0
+
+
+def test_a_finished_sequence_leaves_its_full_pages_to_be_found() -> None:
+    prompt = [1, 2, 3, 4] * 3
+    _, sequences, _ = Play(CONFIG, [(0, request(prompt, 2)), (10, request(prompt, 2))], {}).run()
+    assert [s.num_cached_tokens for s in sequences] == [0, 8]
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_requests_spread_over_the_data_shards(num_shards: int) -> None:
+    config = dataclasses.replace(CONFIG, num_shards=num_shards)
+    plans = Play(config, [(0, request([i], 3)) for i in range(4)], {}).run()[2]
+    assert [len(part.chunks) for part in plans[0].shards] == [4 // num_shards] * num_shards
