@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from ..models.batch import StepBatch
 from .buckets import Bucket
@@ -18,13 +18,16 @@ from .sequence import Sequence
 # Sampling parameters of a row, as they lie in the packed array; floats by their bits.
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 _INTS = ("top_k", "seed_hi", "seed_lo", "n_index", "min_position")
+_TOKEN_FIELDS = ("tokens", "positions", "rows", "targets")
+NUM_FLAGS = 2 + len(Wants._fields)  # num_steps, any_prompt_logprobs, then those of Wants
+FROM_SLOT = -1  # in place of a token: the one that its slot sampled last, which only the device knows
 
 
 class Control(NamedTuple):
     """One step's packed inputs, on the host."""
 
     packed: Int[np.ndarray, "R C"]
-    flags: Int[np.ndarray, " F"]  # num_steps, any_prompt_logprobs, then the fields of Wants
+    flags: Int[np.ndarray, " F"]  # as NUM_FLAGS says
 
 
 class StepInputs(NamedTuple):
@@ -54,10 +57,10 @@ class Layout:
             "budgets": (rows,),
             "kv_lens": (rows,),
             "page_tables": (rows, self.pages_per_slot),
-            **{name: (rows,) for name in (*_FLOATS, *_INTS)},
+            **dict.fromkeys((*_FLOATS, *_INTS), (rows,)),
         }
         if not self.bucket.is_decode:
-            fields |= {"cu_query_lens": (rows + 1,), **{name: (tokens,) for name in _TOKEN_FIELDS}}
+            fields |= {"cu_query_lens": (rows + 1,), **dict.fromkeys(_TOKEN_FIELDS, (tokens,))}
         return fields
 
     @property
@@ -88,10 +91,6 @@ class Layout:
         return arrays
 
 
-_TOKEN_FIELDS = ("tokens", "positions", "rows", "targets")
-FROM_SLOT = -1  # in place of a token: the one that its slot sampled last, which only the device knows
-
-
 def unpack(layout: Layout, packed: Int[Array, "R C"], flags: Int[Array, " F"]) -> StepInputs:
     """The inverse of `Batcher.pack`; a decode bucket's tokens are all FROM_SLOT."""
     f = layout.split(packed)
@@ -109,15 +108,13 @@ def unpack(layout: Layout, packed: Int[Array, "R C"], flags: Int[Array, " F"]) -
     return StepInputs(batch, sampling, f["budgets"], f["targets"], flags[0], flags[1] != 0, wants)
 
 
-NUM_FLAGS = 2 + len(Wants._fields)
-
-
 class Batcher:
     """Keeps each slot's sampling parameters as arrays, and packs steps from them."""
 
     def __init__(self, num_shards: int, num_slots: int, pages_per_slot: int) -> None:
         shape = (num_shards, num_slots)
-        self._params = {name: np.zeros(shape, np.float32 if name in _FLOATS else np.int32) for name in (*_FLOATS, *_INTS)}
+        self._params = {name: np.zeros(shape, np.float32) for name in _FLOATS}
+        self._params |= {name: np.zeros(shape, np.int32) for name in _INTS}
         self._wants = {name: np.zeros(shape, bool) for name in Wants._fields}
         self._pages_per_slot = pages_per_slot
         self._num_slots = num_slots
@@ -149,18 +146,18 @@ class Batcher:
             self._params[name][at] = value
         penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1)
         is_random = params.temperature > 0
-        wants = Wants(
-            any_random=is_random,
-            any_top_k=is_random and params.top_k > 0,
-            any_top_p=is_random and params.top_p < 1,
-            any_biased=bool(params.logit_bias) or params.allowed_token_ids is not None,
-            any_penalized=any(penalties),
-            any_bad_words=bool(sequence.request.bad_word_ids),
-            any_min_tokens=params.min_tokens > 0,
-            any_logprobs=params.logprobs is not None,
-        )  # type: ignore[arg-type]  # host booleans in the place of device scalars
-        for name in Wants._fields:
-            self._wants[name][at] = getattr(wants, name)
+        wants = {
+            "any_random": is_random,
+            "any_top_k": is_random and params.top_k > 0,
+            "any_top_p": is_random and params.top_p < 1,
+            "any_biased": bool(params.logit_bias) or params.allowed_token_ids is not None,
+            "any_penalized": any(penalties),
+            "any_bad_words": bool(sequence.request.bad_word_ids),
+            "any_min_tokens": params.min_tokens > 0,
+            "any_logprobs": params.logprobs is not None,
+        }
+        for name, table in self._wants.items():
+            table[at] = wants[name]
 
     def pack(self, plan: StepPlan, bucket: Bucket) -> Control:
         """Fresh arrays each step: on a CPU the device reads the host's memory, possibly after this returns."""

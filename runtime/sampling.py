@@ -148,7 +148,7 @@ def _highest(logits: Float[Array, "B V"]) -> tuple[Int[Array, " B"], Float[Array
     vocabulary. A CPU's max does not propagate NaN, so the second one looks for it.
     """
     # The values must exist once: computed twice, in two fusions, they could differ in the last bit.
-    logits = lax.optimization_barrier(logits)  # type: ignore[no-untyped-call]
+    logits = lax.optimization_barrier(logits)
     top = jnp.max(logits, axis=-1)
     index = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     at_top = jnp.where(logits == top[:, None], index, logits.shape[-1])

@@ -4,7 +4,7 @@ import dataclasses
 import enum
 
 from .pages import ROOT_DIGEST
-from .request import Request
+from .request import FinishReason, Request
 
 
 class Status(enum.Enum):
@@ -39,7 +39,7 @@ class Sequence:
     root_digest: bytes = ROOT_DIGEST
     digest: bytes = ROOT_DIGEST  # of the last page made findable
     num_findable_pages: int = 0
-    finish_reason: str | None = None
+    finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
     @property
