@@ -1,9 +1,9 @@
-"""How an operation finds the implementation that serves one problem: an ordered table, reasons, and no silent fallback."""
+"""How an operation finds the implementation that serves a problem: an ordered table, reasons, no silent fallback."""
 
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from ..errors import KernelError
@@ -51,8 +51,8 @@ def choose[Problem](
 class KernelChoices:
     """One runtime's choices of implementations: the platform it computes on, and the names that were asked for.
 
-    Operations ask it while a program is traced, so nothing is chosen at run time; it remembers what it chose, so
-    each choice is logged once a runtime and can be shown (`made`).
+    Operations ask it while a program is traced, so nothing is chosen at run time. It remembers what it chose, so that
+    each choice is logged once in a runtime and can be shown (`made`).
     """
 
     def __init__(self, platform: Platform, named: Mapping[str, str] | None = None) -> None:
@@ -65,23 +65,25 @@ class KernelChoices:
                 raise KernelError(f"there is no operation {operation!r}; expected one of {get_args(Operation)}")
         self.platform: Platform = platform
         self._named = named
-        self._made: dict[tuple[Operation, Hashable], str] = {}
+        self._made: dict[tuple[Operation, str], None] = {}
         self._lock = threading.Lock()  # programs may be traced in several threads
 
     @property
     def made(self) -> tuple[tuple[Operation, str], ...]:
         """The (operation, implementation name) pairs chosen so far, each once, in order of first use."""
         with self._lock:
-            return tuple(dict.fromkeys((operation, name) for (operation, _), name in self._made.items()))
+            return tuple(self._made)
 
-    def choose[Problem: Hashable](
+    def choose[Problem](
         self, operation: Operation, table: Sequence[Implementation[Problem]], problem: Problem
     ) -> Implementation[Problem]:
-        """As the function `choose`, with this runtime's named implementation; logs a pair when it is first made."""
+        """As the function `choose`, with this runtime's names; logs a new choice and why none above it was taken."""
         entry = choose(operation, table, problem, self._named.get(operation))
         with self._lock:
-            is_new = (operation, entry.name) not in ((made, name) for (made, _), name in self._made.items())
-            self._made[operation, problem] = entry.name
+            is_new = (operation, entry.name) not in self._made
+            self._made[operation, entry.name] = None
         if is_new:
-            _logger.info("%s on %s: %s", operation, self.platform, entry.name)
+            passed_over = [other for other in table[: table.index(entry)] if operation not in self._named]
+            reasons = "; ".join(f"not {other.name}: {other.unsupported(problem)}" for other in passed_over)
+            _logger.info("%s on %s: %s%s", operation, self.platform, entry.name, reasons and f" ({reasons})")
         return entry

@@ -1,9 +1,9 @@
 """Grouped matmul in plain XLA: a loop over tiles of rows that share a group, so only groups with rows are read.
 
-Each turn is one dot of a tile's rows with weight[e]; the loop ends with the last tile in use. A tile that reaches past its
-group writes zeros there, which the next group's tiles overwrite: tiles run in ascending order. XLA's own
-`ragged_dot` expands to every row times every group on the CPU (20 to 300 times slower there). The weights'
-memory bounds it for few rows a group, arithmetic for many.
+Each turn is one dot of a tile's rows with weight[e]; the loop ends with the last tile in use. A tile that reaches past
+its group writes zeros there, which the next group's tiles overwrite: tiles run in ascending order. On the CPU XLA's
+own `ragged_dot` computes every row times every group (5 to 500 times slower). Reading weights bounds it where groups
+have few rows, arithmetic where they have many.
 """
 
 import functools
@@ -64,7 +64,7 @@ def _backward(
         product = _dot(jax.lax.dynamic_slice_in_dim(padded_cotangent, start, tile_rows), rows, (0, 0))
         return total.at[group].add(product)
 
-    weight_grad = jax.lax.fori_loop(0, tiles.count, add_tile, jnp.zeros(weight.shape, jnp.float32))
+    weight_grad = jax.lax.fori_loop(0, tiles.num_tiles, add_tile, jnp.zeros(weight.shape, jnp.float32))
     return x_grad, weight_grad.astype(weight.dtype), None
 
 
@@ -84,7 +84,7 @@ class _Tiles(NamedTuple):
         return cls(tile_rows, jnp.cumsum(group_sizes), jnp.cumsum((group_sizes + tile_rows - 1) // tile_rows))
 
     @property
-    def count(self) -> jax.Array:
+    def num_tiles(self) -> jax.Array:
         """Tiles with rows."""
         return self.tile_ends[-1]
 
@@ -111,7 +111,9 @@ def _map_tiles(
         return jax.lax.dynamic_update_slice_in_dim(output, product, start, axis=0)
 
     out_dim = weight.shape[3 - contract_axis]
-    output = jax.lax.fori_loop(0, tiles.count, write_tile, jnp.zeros((padded.shape[0], out_dim), out_dtype))
+    output: jax.Array = jax.lax.fori_loop(
+        0, tiles.num_tiles, write_tile, jnp.zeros((padded.shape[0], out_dim), out_dtype)
+    )
     return output[: x.shape[0]]
 
 

@@ -1,4 +1,4 @@
-"""The words of the paged attention contract: what varies at run time (PagedBatch) and what is compiled in (the specs)."""
+"""The words of the paged attention contract: what a step brings (PagedBatch) and what is compiled in (the specs)."""
 
 import dataclasses
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from ..dispatch import Platform
 
 
 class PagedBatch(NamedTuple):
-    """Who owns which query and which page, for one step. Entries of a page table past the slot's keys are never used."""
+    """Who owns which query and which page in one step. What a page table holds past its slot's keys is never used."""
 
     page_tables: Int32[Array, "B pages_per_slot"]
     cu_query_lens: Int32[Array, "B+1"]  # slot b's queries are rows cu_query_lens[b] to cu_query_lens[b + 1]

@@ -1,6 +1,5 @@
 """Writing a step's keys and values into the cache."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 

@@ -87,7 +87,8 @@ def _attend_tiles(
         return output.at[jnp.where(used, rows, num_rows)].set(attended, mode="drop")
 
     num_turns = (tile_ends[-1] + TILES_AT_ONCE - 1) // TILES_AT_ONCE
-    return jax.lax.fori_loop(0, num_turns, attend_some, jnp.zeros_like(q))
+    output: jax.Array = jax.lax.fori_loop(0, num_turns, attend_some, jnp.zeros_like(q))
+    return output
 
 
 def _attend(
@@ -127,8 +128,8 @@ def _visible_range(positions: jax.Array, window: int | None) -> tuple[jax.Array,
     end = jnp.maximum(jnp.max(positions, axis=1) + 1, 0)
     if window is None:
         return jnp.zeros_like(end), end
-    first = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1) - (window - 1)
-    return jnp.where(end > 0, jnp.maximum(first, 0), 0), end
+    first = jnp.min(jnp.where(positions >= 0, positions, end[:, None]), axis=1) - (window - 1)
+    return jnp.clip(first, 0, end), end
 
 
 def _gather(cache: jax.Array, layer: jax.Array, pages: jax.Array, which: int) -> jax.Array:
