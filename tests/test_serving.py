@@ -1,5 +1,6 @@
 """The whole runtime on a tiny checkpoint: what users are promised, end to end."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,7 +8,15 @@ from typing import Any
 import jax
 import pytest
 
-from millrace import InvalidRequestError, Runtime, RuntimeClosedError, SamplingParams
+from millrace import (
+    ConfigError,
+    InvalidRequestError,
+    KernelError,
+    OutOfMemoryError,
+    Runtime,
+    RuntimeClosedError,
+    SamplingParams,
+)
 
 OpenTiny = Callable[..., Runtime]
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
@@ -175,6 +184,33 @@ def test_a_stream_brings_only_what_is_new_and_ends_finished(runtime: Runtime) ->
     pieces = list(runtime.stream([4, 5], GREEDY))
     assert [t for piece in pieces for t in piece.outputs[0].token_ids] == tokens(runtime, [4, 5])
     assert [piece.finished for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+
+
+def test_a_handle_can_be_awaited_piece_by_piece(runtime: Runtime) -> None:
+    async def read() -> list[int]:
+        return [t async for piece in runtime.submit([4, 5], GREEDY) for t in piece.outputs[0].token_ids]
+
+    assert asyncio.run(read()) == tokens(runtime, [4, 5])
+
+
+def test_a_named_implementation_is_used_and_an_unknown_one_refused(open_tiny: OpenTiny, runtime: Runtime) -> None:
+    with open_tiny(kernels={"paged_attention": "reference"}) as forced:
+        assert tokens(forced, [4, 5] * 9) == tokens(runtime, [4, 5] * 9)
+    with pytest.raises(KernelError, match="hopper"):
+        open_tiny(kernels={"paged_attention": "hopper"})
+
+
+def test_a_wrong_option_of_the_runtime_is_refused_before_anything_is_loaded(open_tiny: OpenTiny) -> None:
+    wrong: list[dict[str, Any]] = [
+        {"dtype": "int7"}, {"max_context_len": 10**6}, {"mesh": {"tensor": 99}}, {"page_size": 0}, {"num_slots": -1},
+        {"kv_cache_bytes": True}, {"max_step_tokens": 4}, {"kernels": {"paged_atention": "xla"}},
+    ]  # fmt: skip
+    for options in wrong:
+        with pytest.raises((ConfigError, KernelError)) as error:
+            open_tiny(**options)
+        assert len(str(error.value)) > 15
+    with pytest.raises(OutOfMemoryError, match="Lower max_context_len"):
+        open_tiny(kv_cache_bytes=1000)
 
 
 def test_a_cancelled_request_ends_with_abort(runtime: Runtime) -> None:
