@@ -58,6 +58,7 @@ bench:
 
 wheel:
 	@.ci/venv runtime
+	@rm -rf build/lib build/bdist.* dist
 	@$(BIN)/python -m pip wheel -q --no-deps --wheel-dir dist .
 	@$(BIN)/python .ci/check_wheel.py dist
 

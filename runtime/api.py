@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -71,7 +71,7 @@ class Runtime:
                 handle.cancel()
             raise
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[RequestOutput]:
         """Outputs that hold only what is new, as it comes; closing the iterator cancels the request."""
         return _stream(self.submit(prompt, sampling_params))
 
@@ -101,7 +101,7 @@ class Runtime:
 
     def stream_chat(
         self, messages: Messages, sampling_params: SamplingParams | None = None, **template_options: Any
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput]:
         """As `chat`, piece by piece."""
         return _stream(self._submit_chat(messages, sampling_params, template_options))
 
@@ -152,7 +152,7 @@ def _as_batch(prompts: Any) -> list[Prompt]:
     return items
 
 
-def _stream(handle: RequestHandle) -> Iterator[RequestOutput]:
+def _stream(handle: RequestHandle) -> Generator[RequestOutput]:
     try:
         yield from handle
     finally:

@@ -54,7 +54,8 @@ class Placement:
 
     def constrain(self, x: jax.Array, *axes: LogicalAxis | None) -> jax.Array:
         """`x`, with the compiler held to the sharding of `axes`."""
-        return jax.lax.with_sharding_constraint(x, self.sharding(axes))
+        constrained: jax.Array = jax.lax.with_sharding_constraint(x, self.sharding(axes))
+        return constrained
 
     def map_shards(self, fn: Callable[..., Any], in_axes: list[Any], out_axes: Any) -> Callable[..., Any]:
         """`fn` run on each device's own part, so that nothing in it can gather across shards.

@@ -6,9 +6,7 @@ from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfi
 def llama(num_layers: int, scale: int = 1) -> ModelConfig:
     """Llama-3.1-8B with `num_layers` layers; `scale` divides the widths, to try a benchmark on a small machine."""
     rope = RopeSpec(theta=5e5, rotary_dim=128)
-    attention = AttentionSpec(
-        num_heads=32 // scale, num_kv_heads=8 // scale, head_dim=128, scale=128**-0.5, rope=rope
-    )
+    attention = AttentionSpec(num_heads=32 // scale, num_kv_heads=8 // scale, head_dim=128, scale=128**-0.5, rope=rope)
     layer = LayerSpec(attention=attention, mlp=MlpSpec(mlp_dim=14336 // scale))
     return ModelConfig(
         family="llama",

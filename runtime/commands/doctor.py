@@ -76,9 +76,9 @@ def _versions(_: "RuntimeConfig") -> Iterator[Finding]:
             yield Finding("FAIL", name, "not installed", f"pip install {name}")
     if versions.pop("jax") and versions.pop("jaxlib"):
         import jax
-        import jaxlib
+        import jaxlib.version
 
-        yield _judge_jax(jax.__version__, jaxlib.__version__)
+        yield _judge_jax(jax.__version__, jaxlib.version.__version__)
     yield Finding("ok", "packages", ", ".join(f"{name} {version}" for name, version in versions.items() if version))
 
 
