@@ -111,9 +111,8 @@ def _attend(
         key = (page[:, :, None] * page_size + jnp.arange(page_size)).reshape(num_tiles, -1)  # positions [C, S]
         pages = jnp.take_along_axis(tiles.page_tables, page, axis=1, mode="clip")
         keys, values = (_gather(cache, layer, pages, which).astype(dtype) for which in (0, 1))
-        # A weight of 0 does not hide a NaN, so what no row of the tile sees is read as 0.
-        seen = (key >= first_key[:, None]) & (key < end_key[:, None])
-        values = jnp.where(seen[:, None, :, None], values, 0)
+        # A weight of 0 does not hide a NaN, so what lies beyond the tile's keys is read as 0.
+        values = jnp.where((key < end_key[:, None])[:, None, :, None], values, 0)
         return _add_block(state, _scores(q, keys, tiles.positions, key, spec), values)
 
     num_turns = jnp.max((end_key - first_page * page_size + block_pages * page_size - 1) // (block_pages * page_size))

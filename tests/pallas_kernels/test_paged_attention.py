@@ -1,7 +1,4 @@
-"""What every implementation of paged attention owes its contract, against a definition in numpy.
-
-Pages that nobody owns, and places past a slot's keys, hold NaN: nothing may be read there.
-"""
+"""The contract of paged attention, held by every implementation of its table."""
 
 import dataclasses
 import functools
@@ -9,156 +6,276 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
-from millrace import KernelError
+from millrace.errors import KernelError
 from millrace.pallas_kernels.dispatch import KernelChoices
-from millrace.pallas_kernels.paged_attention import TABLE, PagedAttentionSpec, PagedBatch, paged_attention, write_kv
+from millrace.pallas_kernels.paged_attention import (
+    TABLE,
+    PagedAttentionSpec,
+    PagedBatch,
+    paged_attention,
+    write_kv,
+)
 
-NUM_LAYERS, LAYER = 2, 1
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 3, 6, 2, 16, 8
+LAYER = 1
+SPEC = PagedAttentionSpec(scale=0.3)
+DECODE = dataclasses.replace(SPEC, one_query_per_slot=True)
+
+# (queries, keys) of each slot: a slot with keys and no query, an empty one, single queries, a whole prompt of several
+# tiles, a chunk late in a long context, lengths on both sides of a page's and of a block's edge.
+MIXED = [(0, 9), (1, 1), (0, 0), (37, 37), (1, 129), (19, 283), (2, 8), (1, 16)]
+ONE_EACH = [(1, keys) for keys in (1, 8, 0, 9, 127, 128, 129, 283)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Queries and keys of each slot, and the shapes around them."""
+    """Ragged slots over a cache that is NaN wherever no slot has a key, in float64 as well for the expectation."""
 
-    slots: tuple[tuple[int, int], ...]  # (query_len, kv_len)
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 16
-    page_size: int = 4
-    num_padding: int = 3
+    slots: list[tuple[int, int]]
+    q: np.ndarray  # [T, N, H]
+    keys: list[np.ndarray]  # [S, K, H] of each slot
+    values: list[np.ndarray]
+    cache: np.ndarray
+    batch: PagedBatch
 
-    def arrays(self, dtype: Any) -> tuple[np.ndarray, np.ndarray, PagedBatch]:
-        random = np.random.default_rng(0)
-        num_rows = sum(q for q, _ in self.slots) + self.num_padding
-        q = random.normal(size=(num_rows, self.num_heads, self.head_dim)).astype(dtype)
-        pages_per_slot = max(-(-kv // self.page_size) for _, kv in self.slots) + 2
-        num_pages = sum(-(-kv // self.page_size) for _, kv in self.slots) + 3
-        shape = (NUM_LAYERS, num_pages, 2, self.num_kv_heads, self.page_size, self.head_dim)
-        cache = np.full(shape, np.nan, dtype)
-        free = random.permutation(num_pages).tolist()
-        tables = np.full((len(self.slots), pages_per_slot), num_pages + 7, np.int32)
-        for slot, (_, kv_len) in enumerate(self.slots):
-            for place in range(kv_len):
-                if place % self.page_size == 0:
-                    tables[slot, place // self.page_size] = free.pop()
-                page = tables[slot, place // self.page_size]
-                kv = random.normal(size=(2, self.num_kv_heads, self.head_dim))
-                cache[LAYER, page, :, :, place % self.page_size] = kv.astype(dtype)
-        cu = np.cumsum([0, *(q for q, _ in self.slots)]).astype(np.int32)
-        kv_lens = np.array([kv for _, kv in self.slots], np.int32)
-        return q, cache, PagedBatch(tables, cu, kv_lens)  # type: ignore[arg-type]
+    def run(self, implementation: str, spec: PagedAttentionSpec, **change: Any) -> np.ndarray:
+        """The implementation's answer; `change` replaces q, cache, batch or sinks, `dtype` is that of q and cache."""
+        dtype = change.get("dtype", "float32")
+        q, cache = jnp.asarray(change.get("q", self.q), dtype), jnp.asarray(change.get("cache", self.cache), dtype)
+        out = attend(q, cache, change.get("batch", self.batch), change.get("sinks"), implementation, spec)
+        assert out.dtype == dtype
+        return np.asarray(out, np.float64)
+
+    def expected(self, spec: PagedAttentionSpec, sinks: np.ndarray | None = None) -> np.ndarray:
+        """Row by row from the definition of softmax attention."""
+        out, row = np.zeros_like(self.q), 0
+        for (num_queries, num_keys), keys, values in zip(self.slots, self.keys, self.values, strict=True):
+            if num_keys:
+                for query in range(num_queries):
+                    end = num_keys - num_queries + query + 1
+                    seen = slice(max(0, end - (spec.window or end)), end)
+                    out[row + query] = attend_one(self.q[row + query], keys[seen], values[seen], spec, sinks)
+            row += num_queries
+        return out
 
 
-def defined(
-    q: np.ndarray, cache: np.ndarray, batch: PagedBatch, spec: PagedAttentionSpec, sinks: np.ndarray | None
+def attend_one(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, spec: PagedAttentionSpec, sinks: np.ndarray | None
 ) -> np.ndarray:
-    """The contract, one query and head at a time, in float64."""
-    output = np.zeros(q.shape)
-    group, page_size = q.shape[1] // cache.shape[3], cache.shape[4]
-    for slot, kv_len in enumerate(np.asarray(batch.kv_lens)):
-        first, end = batch.cu_query_lens[slot], batch.cu_query_lens[slot + 1]
-        for row in range(first, end if kv_len else first):
-            position = kv_len - (end - first) + (row - first)
-            low = 0 if spec.window is None else max(0, position - spec.window + 1)
-            places = [(batch.page_tables[slot, p // page_size], p % page_size) for p in range(low, position + 1)]
-            for head in range(q.shape[1]):
-                kv = np.array([cache[LAYER, page, :, head // group, z] for page, z in places], np.float64)
-                scores = spec.scale * kv[:, 0] @ q[row, head].astype(np.float64)
-                if spec.soft_cap is not None:
-                    scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
-                extra = [] if sinks is None else [float(sinks[head])]
-                weights = np.exp(np.array([*scores, *extra]) - max([*scores, *extra]))
-                weights /= weights.sum()
-                output[row, head] = weights[: len(places)] @ kv[:, 1]
-    return output
+    """q [N, H] over keys and values [S, K, H]."""
+    keys, values = (np.repeat(x, q.shape[0] // x.shape[1], axis=1) for x in (keys, values))
+    scores = spec.scale * np.einsum("nh,snh->ns", q, keys)
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * np.tanh(scores / spec.soft_cap)
+    weights = np.exp(scores)
+    total = weights.sum(axis=1) + (0 if sinks is None else np.exp(sinks))
+    return np.einsum("ns,snh->nh", weights, values) / total[:, None]
 
 
-# Chunks longer than any tile, lengths at and beside page boundaries, single queries, empty slots, a long one.
-MIXED = Case(((1, 1), (1, 9), (0, 0), (37, 37), (5, 12), (4, 4), (1, 130), (70, 200), (0, 0)))
-DECODE = Case(((1, 1), (1, 4), (0, 0), (1, 5), (1, 131), (1, 8)), num_padding=0)
-SPECS = {
-    "plain": PagedAttentionSpec(scale=0.25),
-    "window": PagedAttentionSpec(scale=0.25, window=6),
-    "wide window": PagedAttentionSpec(scale=0.25, window=90),
-    "soft cap": PagedAttentionSpec(scale=1.5, soft_cap=2.0),
-}
+@jax.jit(static_argnames=("implementation", "spec"))
+def attend(
+    q: jax.Array, cache: jax.Array, batch: PagedBatch, sinks: jax.Array | None, implementation: str,
+    spec: PagedAttentionSpec,
+) -> jax.Array:  # fmt: skip
+    kernels = KernelChoices("cpu", {"paged_attention": implementation})
+    return paged_attention(q, cache, jnp.int32(LAYER), batch, spec=spec, kernels=kernels, sinks=sinks)
+
+
+def make_case(
+    slots: list[tuple[int, int]],
+    num_padding: int = 0,
+    heads: tuple[int, int] = (HEADS, KV_HEADS),
+    page: int = PAGE_SIZE,
+) -> Case:
+    rng = np.random.default_rng(7)
+    num_pages = sum(-(-keys // page) for _, keys in slots) + 3
+    pages_per_slot = max(-(-keys // page) for _, keys in slots) + 2
+    free = list(rng.permutation(num_pages))
+    cache = np.full((LAYERS, num_pages, 2, heads[1], page, HEAD_DIM), np.nan)
+    tables = rng.integers(-2, 2 * num_pages, (len(slots), pages_per_slot))  # past a slot's keys: anything at all
+    all_keys, all_values = [], []
+    for slot, (_, num_keys) in enumerate(slots):
+        # Numbers that bfloat16 holds exactly, so that both dtypes have one expectation.
+        keys, values = (rounded(rng.standard_normal((num_keys, heads[1], HEAD_DIM))) for _ in range(2))
+        for position in range(num_keys):
+            if position % page == 0:
+                tables[slot, position // page] = free.pop()
+            place = cache[LAYER, tables[slot, position // page], :, :, position % page]
+            place[0], place[1] = keys[position], values[position]
+        all_keys.append(keys)
+        all_values.append(values)
+    ends = np.cumsum([0, *(queries for queries, _ in slots)])
+    q = rounded(rng.standard_normal((ends[-1] + num_padding, heads[0], HEAD_DIM)))
+    batch = PagedBatch(*(np.asarray(x, np.int32) for x in (tables, ends, [keys for _, keys in slots])))
+    return Case(slots, q, all_keys, all_values, cache, batch)
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
 
 
 @pytest.fixture(params=[entry.name for entry in TABLE])
-def kernels(request: pytest.FixtureRequest) -> KernelChoices:
-    return KernelChoices("cpu", {"paged_attention": request.param})
+def implementation(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
 
 
-def check(case: Case, spec: PagedAttentionSpec, kernels: KernelChoices, dtype: Any, with_sinks: bool = False) -> None:
-    q, cache, batch = case.arrays(dtype)
-    sinks = np.linspace(-1, 2, case.num_heads).astype(dtype) if with_sinks else None
-    if spec.one_query_per_slot:  # one row for each slot, those of empty slots included
-        rows = np.random.default_rng(1).normal(size=(len(case.slots), *q.shape[1:])).astype(dtype)
-        q, batch = rows, batch._replace(cu_query_lens=np.arange(len(case.slots) + 1, dtype=np.int32))  # type: ignore[arg-type]
-    run = jax.jit(functools.partial(paged_attention, spec=spec, kernels=kernels))
-    found = np.asarray(run(q, cache, jnp.int32(LAYER), batch, sinks=sinks), np.float64)
-    tolerance = {"rtol": 1e-2, "atol": 2e-2} if dtype == ml_dtypes.bfloat16 else {"rtol": 1e-5, "atol": 2e-6}
-    np.testing.assert_allclose(found, defined(q, cache, batch, spec, sinks), **tolerance)
+@pytest.fixture(scope="module")
+def mixed() -> Case:
+    return make_case(MIXED, num_padding=11)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_a_mixed_step_equals_the_definition(kernels: KernelChoices, name: str) -> None:
-    check(MIXED, SPECS[name], kernels, np.float32)
+@pytest.fixture(scope="module")
+def decode() -> Case:
+    return make_case(ONE_EACH)
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_a_decode_step_equals_the_definition(kernels: KernelChoices, name: str) -> None:
-    check(DECODE, dataclasses.replace(SPECS[name], one_query_per_slot=True), kernels, np.float32)
+VARIANTS = {
+    "plain": (SPEC, None),
+    "window": (dataclasses.replace(SPEC, window=21), None),
+    "all": (dataclasses.replace(SPEC, window=140, soft_cap=1.5), np.linspace(-2, 3, HEADS)),
+}
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)], ids=["MHA", "MQA", "GQA of 3"])
-def test_any_ratio_of_heads_is_served_with_sinks_and_in_bfloat16(kernels: KernelChoices, heads: tuple[int, int]) -> None:
-    case = dataclasses.replace(MIXED, num_heads=heads[0], num_kv_heads=heads[1], page_size=8)
-    check(case, SPECS["window"], kernels, ml_dtypes.bfloat16, with_sinks=True)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mixed_steps_follow_the_definition(implementation: str, mixed: Case, variant: str) -> None:
+    spec, sinks = VARIANTS[variant]
+    np.testing.assert_allclose(mixed.run(implementation, spec, sinks=sinks), mixed.expected(spec, sinks), atol=3e-6)
 
 
-def test_a_step_without_any_query_gives_zeros(kernels: KernelChoices) -> None:
-    check(Case(((0, 0), (0, 0)), num_padding=8), SPECS["plain"], kernels, np.float32)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decode_steps_follow_the_definition(implementation: str, decode: Case, variant: str) -> None:
+    spec, sinks = VARIANTS[variant]
+    answer = decode.run(implementation, dataclasses.replace(spec, one_query_per_slot=True), sinks=sinks)
+    np.testing.assert_allclose(answer, decode.expected(spec, sinks), atol=3e-6)
 
 
-def test_wrong_shapes_are_refused(kernels: KernelChoices) -> None:
-    q, cache, batch = MIXED.arrays(np.float32)
-    for wrong in (q[:, :3], q[..., :5], q[0]):
-        with pytest.raises(KernelError):
-            paged_attention(wrong, cache, jnp.int32(0), batch, spec=SPECS["plain"], kernels=kernels)
+def test_bfloat16_steps_follow_the_definition(implementation: str, mixed: Case, decode: Case) -> None:
+    np.testing.assert_allclose(mixed.run(implementation, SPEC, dtype="bfloat16"), mixed.expected(SPEC), atol=2e-2)
+    np.testing.assert_allclose(decode.run(implementation, DECODE, dtype="bfloat16"), decode.expected(SPEC), atol=2e-2)
 
 
-def test_written_keys_and_values_lie_at_their_page_and_offset_and_rows_without_a_page_nowhere() -> None:
-    _, cache, _ = MIXED.arrays(np.float32)
-    num_pages = cache.shape[1]
-    k, v = np.random.default_rng(2).normal(size=(2, 3, 2, 16)).astype(np.float32)
-    pages, offsets = np.array([4, num_pages, 0], np.int32), np.array([3, 0, 1], np.int32)
-    found = np.asarray(write_kv(jnp.array(cache), jnp.int32(LAYER), k, v, pages, offsets))
-    expected = cache.copy()
-    for row in (0, 2):
-        expected[LAYER, pages[row], 0, :, offsets[row]] = k[row]
-        expected[LAYER, pages[row], 1, :, offsets[row]] = v[row]
-    np.testing.assert_array_equal(found, expected)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)], ids=["one head each", "all share one"])
+def test_any_ratio_of_heads_and_small_pages_follow_the_definition(implementation: str, heads: tuple[int, int]) -> None:
+    case = make_case([(1, 7), (5, 12)], heads=heads, page=4)
+    np.testing.assert_allclose(case.run(implementation, SPEC), case.expected(SPEC), atol=3e-6)
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in TABLE if entry.name != "reference"])
-def test_neither_a_write_nor_an_attention_copies_the_cache(name: str) -> None:
-    kernels = KernelChoices("cpu", {"paged_attention": name})
-    cache = jax.ShapeDtypeStruct((4, 256, 2, 2, 16, 64), jnp.float32)
-    rows = jax.ShapeDtypeStruct((4, 2, 64), jnp.float32)
-    batch = PagedBatch(*(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4, 8), (5,), (4,))))
-    spec = PagedAttentionSpec(scale=1.0, one_query_per_slot=True)
+def test_float32_queries_read_a_bfloat16_cache_exactly(implementation: str, decode: Case) -> None:
+    q, cache = jnp.asarray(decode.q, jnp.float32), jnp.asarray(decode.cache, jnp.bfloat16)
+    answer = attend(q, cache, decode.batch, None, implementation, DECODE)
+    assert answer.dtype == jnp.float32
+    np.testing.assert_allclose(answer, decode.expected(SPEC), atol=3e-6)
 
-    def step(cache: jax.Array, q: jax.Array, batch: PagedBatch) -> tuple[jax.Array, jax.Array]:
-        def layer(cache: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-            cache = write_kv(cache, index, q, q, batch.kv_lens, batch.kv_lens)
-            return cache, paged_attention(q, cache, index, batch, spec=spec, kernels=kernels)
 
-        return jax.lax.scan(layer, cache, jnp.arange(4))
+def test_a_single_query_is_the_same_in_a_mixed_step(implementation: str, decode: Case) -> None:
+    np.testing.assert_allclose(decode.run(implementation, SPEC), decode.run(implementation, DECODE), atol=3e-6)
 
-    memory = jax.jit(step, donate_argnums=0).lower(cache, rows, batch).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < np.prod(cache.shape) * 4 / 8
+
+def test_rows_without_a_slot_or_without_keys_are_zeros(implementation: str, mixed: Case, decode: Case) -> None:
+    num_used = mixed.batch.cu_query_lens[-1]
+    assert num_used < len(mixed.q)
+    assert not mixed.run(implementation, SPEC)[num_used:].any()
+    assert not decode.run(implementation, DECODE)[2].any()
+    sinks = np.ones(HEADS)
+    empty = decode.batch._replace(kv_lens=np.zeros_like(decode.batch.kv_lens))
+    assert not decode.run(implementation, DECODE, batch=empty, sinks=sinks).any()
+    empty = mixed.batch._replace(kv_lens=np.zeros_like(mixed.batch.kv_lens))
+    assert not mixed.run(implementation, SPEC, batch=empty).any()
+
+
+def test_pages_before_the_window_are_not_read(implementation: str, mixed: Case, decode: Case) -> None:
+    window = 21
+    spec = dataclasses.replace(SPEC, window=window)
+    for case, asked in ((mixed, spec), (decode, dataclasses.replace(spec, one_query_per_slot=True))):
+        tables = case.batch.page_tables.copy()
+        for slot, (num_queries, num_keys) in enumerate(case.slots):
+            tables[slot, : max(0, num_keys - num_queries + 1 - window) // PAGE_SIZE] = len(case.cache[0]) + 5
+        cache = case.cache.copy()
+        unused = np.setdiff1d(np.arange(cache.shape[1]), tables[tables >= 0])
+        cache[:, unused] = np.nan
+        answer = case.run(implementation, asked, batch=case.batch._replace(page_tables=tables), cache=cache)
+        np.testing.assert_allclose(answer, case.expected(spec), atol=3e-6)
+
+
+def test_a_slot_is_bit_identical_whatever_its_neighbours_are(implementation: str, mixed: Case, decode: Case) -> None:
+    full, kept = decode.run(implementation, DECODE), [0, 4]
+    kv_lens = np.zeros_like(decode.batch.kv_lens)
+    kv_lens[kept] = decode.batch.kv_lens[kept]
+    alone = decode.run(implementation, DECODE, batch=decode.batch._replace(kv_lens=kv_lens))
+    np.testing.assert_array_equal(alone[kept], full[kept])
+
+    full, chunk = mixed.run(implementation, SPEC), 5
+    start, end = mixed.batch.cu_query_lens[chunk : chunk + 2]
+    ends = np.where(np.arange(len(MIXED) + 1) > chunk, end - start, 0).astype(np.int32)
+    q = np.zeros_like(mixed.q)
+    q[: end - start] = mixed.q[start:end]
+    alone = mixed.run(implementation, SPEC, q=q, batch=mixed.batch._replace(cu_query_lens=ends))
+    np.testing.assert_array_equal(alone[: end - start], full[start:end])
+
+
+def test_every_implementation_lowers_for_a_gpu() -> None:
+    case = make_case([(1, 3), (4, 9)])
+    for entry in TABLE:
+        kernels = KernelChoices("gpu", {"paged_attention": entry.name})
+
+        run = jax.jit(functools.partial(paged_attention, spec=SPEC, kernels=kernels))
+        run.trace(case.q, case.cache, jnp.int32(0), case.batch).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize(
+    ("q_shape", "spec", "message"),
+    [
+        ((8, HEADS, HEAD_DIM + 8), SPEC, r"expected q \[T, N, H\] and cache"),
+        ((8, HEADS + 1, HEAD_DIM), SPEC, f"{HEADS + 1} heads cannot share {KV_HEADS} KV heads"),
+        ((9, HEADS, HEAD_DIM), DECODE, "as many rows as slots, got 9 and 8"),
+    ],
+)
+def test_shapes_that_disagree_raise(
+    decode: Case, q_shape: tuple[int, ...], spec: PagedAttentionSpec, message: str
+) -> None:
+    with pytest.raises(KernelError, match=message):
+        decode.run("reference", spec, q=np.zeros(q_shape))
+
+
+def test_slots_that_disagree_raise(decode: Case) -> None:
+    with pytest.raises(KernelError, match="of 7 slots, as many as kv_lens has"):
+        decode.run("reference", SPEC, batch=decode.batch._replace(kv_lens=decode.batch.kv_lens[:7]))
+
+
+@pytest.mark.parametrize("one_query_per_slot", [True, False])
+def test_layers_share_one_cache_without_a_copy(one_query_per_slot: bool) -> None:
+    """A donated cache that a scan over layers writes and xla reads in place; reference may gather as it likes."""
+    num_slots, num_pages = 4, 2048
+    shape = (LAYERS, num_pages, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM)
+    spec = dataclasses.replace(SPEC, one_query_per_slot=one_query_per_slot)
+    batch = PagedBatch(jnp.zeros((num_slots, 40), jnp.int32), jnp.arange(num_slots + 1), jnp.ones(num_slots, jnp.int32))
+
+    def step(q: jax.Array, cache: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def run_layer(carry: tuple[jax.Array, jax.Array], layer: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            q, cache = carry
+            cache = write_kv(cache, layer, q[:, :KV_HEADS], q[:, -KV_HEADS:], places, places)
+            return (paged_attention(q, cache, layer, batch, spec=spec, kernels=KernelChoices("cpu")), cache), None
+
+        return jax.lax.scan(run_layer, (q, cache), jnp.arange(LAYERS, dtype=jnp.int32))[0]
+
+    arguments = (
+        jax.ShapeDtypeStruct((num_slots, HEADS, HEAD_DIM), jnp.float32),
+        jax.ShapeDtypeStruct(shape, jnp.float32),
+        jax.ShapeDtypeStruct((num_slots,), jnp.int32),
+    )
+    memory = jax.jit(step, donate_argnums=1).lower(*arguments).compile().memory_analysis()
+    layer_bytes = 4 * int(np.prod(shape[1:]))
+    assert memory.alias_size_in_bytes >= LAYERS * layer_bytes
+    assert memory.temp_size_in_bytes < layer_bytes / 4
+
+
+def test_reading_does_not_copy_a_cache_that_is_kept() -> None:
+    case = make_case([(1, 40), (1, 12)])
+    cache = jax.ShapeDtypeStruct((64, 64, *case.cache.shape[2:]), jnp.float32)
+    q = jax.ShapeDtypeStruct(case.q.shape, jnp.float32)
+    memory = attend.lower(q, cache, case.batch, None, "xla", DECODE).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * int(np.prod(cache.shape[1:])) / 2
