@@ -68,7 +68,7 @@ class Continuation:
 
 
 def _sum(logprobs: list[dict[int, Logprob]] | None, tokens: Sequence[int]) -> float | None:
-    return None if logprobs is None else sum(d[t].logprob for d, t in zip(logprobs, tokens, strict=True))
+    return None if logprobs is None else sum((d[t].logprob for d, t in zip(logprobs, tokens, strict=True)), 0.0)
 
 
 def entry(tokenizer: Tokenizer | None, scores: Scores, i: int, token: int, count: int) -> dict[int, Logprob]:

@@ -1,10 +1,12 @@
 """RuntimeConfig: everything that one deployment decides, and nothing that one request does. Imports no jax."""
 
 import dataclasses
+import numbers
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import ConfigError
+from .spelling import shown
 
 DType = Literal["float32", "bfloat16", "float16"]
 _DTYPE_SPELLINGS: dict[str, DType] = {
@@ -49,13 +51,16 @@ class RuntimeConfig:
         if not self.model:
             raise ConfigError('model must be "embedded", a directory or org/name; it is empty.')
         for name, low, high in _INTEGERS:
-            _check_integer(name, getattr(self, name), low, high, optional=name in _OPTIONAL)
+            value = _integer(name, getattr(self, name), low, high, optional=name in _OPTIONAL)
+            object.__setattr__(self, name, value)
         for name in ("dtype", "kv_cache_dtype"):
             object.__setattr__(self, name, _dtype(name, getattr(self, name)))
         for name in ("prefix_caching", "progress"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+                raise ConfigError(f"{name} must be True or False, got {shown(getattr(self, name))}.")
         object.__setattr__(self, "mesh", None if self.mesh is None else _pairs("mesh", self.mesh, int))
+        for axis, size in self.mesh or ():
+            _integer(f"mesh axis {axis}", size, 1, _MAX_MESH_SIZE, optional=False)
         object.__setattr__(self, "kernels", _pairs("kernels", self.kernels, str))
         if self.max_step_tokens is not None and self.max_step_tokens <= self.num_slots:
             raise ConfigError(
@@ -77,6 +82,7 @@ _INTEGERS = (
     ("max_decode_steps", 1, 256),
     ("seed", 0, 2**64 - 1),
 )
+_MAX_MESH_SIZE = 2**20
 _OPTIONAL = ("max_context_len", "max_step_tokens", "kv_cache_bytes")
 
 
@@ -86,14 +92,15 @@ def _check_text(config: RuntimeConfig, *names: str) -> None:
         if isinstance(value, Path) and name != "revision":
             object.__setattr__(config, name, str(value))
         elif not isinstance(value, str) and not (value is None and name != "model"):
-            raise ConfigError(f"{name} must be a string, got {value!r}.")
+            raise ConfigError(f"{name} must be a string, got {shown(value)}.")
 
 
-def _check_integer(name: str, value: object, low: int, high: int, *, optional: bool) -> None:
+def _integer(name: str, value: Any, low: int, high: int, *, optional: bool) -> int | None:
     if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {value!r:.80}.")
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not low <= int(value) <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}, got {shown(value)}.")
+    return int(value)
 
 
 def _dtype(name: str, value: object) -> DType | None:
@@ -102,7 +109,7 @@ def _dtype(name: str, value: object) -> DType | None:
         return None
     if isinstance(value, str) and value.lower() in _DTYPE_SPELLINGS:
         return _DTYPE_SPELLINGS[value.lower()]
-    raise ConfigError(f"{name} must be one of {', '.join(get_args(DType))} (bf16, fp16, fp32 too), got {value!r:.80}.")
+    raise ConfigError(f"{name} must be one of {', '.join(get_args(DType))} (bf16, fp16, fp32 too), got {shown(value)}.")
 
 
 def _pairs(name: str, value: object, kind: type) -> tuple[tuple[str, Any], ...]:
@@ -111,10 +118,10 @@ def _pairs(name: str, value: object, kind: type) -> tuple[tuple[str, Any], ...]:
     try:
         pairs = tuple((key, item) for key, item in items)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
-        raise ConfigError(f"{name} must hold (name, value) pairs, got {value!r:.80}.") from None
+        raise ConfigError(f"{name} must hold (name, value) pairs, got {shown(value)}.") from None
     for key, item in pairs:
         if not isinstance(key, str) or isinstance(item, bool) or not isinstance(item, kind):
-            raise ConfigError(f"{name} must hold pairs of a name and {kind.__name__}, got {(key, item)!r:.80}.")
+            raise ConfigError(f"{name} must hold pairs of a name and {kind.__name__}, got {shown((key, item))}.")
     if len({key for key, _ in pairs}) < len(pairs):
-        raise ConfigError(f"{name} names something twice: {value!r:.80}.")
+        raise ConfigError(f"{name} names something twice: {shown(value)}.")
     return pairs

@@ -1,6 +1,8 @@
 """A request on its way: result, iteration, async iteration, cancel. Thread-safe."""
 
 import asyncio
+import contextlib
+import functools
 import threading
 import time
 from collections import deque
@@ -16,7 +18,9 @@ from .tokenizer import Tokenizer
 class RequestHandle:
     """What `Runtime.submit` returns. The step loop pushes events; whoever reads turns them into text.
 
-    Only a request with stop strings is detokenized by the step loop, which must know where it ends.
+    Only a request with stop strings is detokenized by the step loop, which must know where it ends. Two locks, so
+    that the loop never waits for a reader's detokenizing: `_changed` guards what the loop pushes, `_reading` what
+    readers make of it.
     """
 
     def __init__(
@@ -27,9 +31,12 @@ class RequestHandle:
         self._cancel = cancel
         self._changed = threading.Condition()
         self._continuations = [Continuation(request, index, tokenizer) for index in range(request.params.n)]
-        self._pieces: list[list[CompletionOutput]] = [[] for _ in range(request.params.n)]
+        self._reading = threading.Lock()
+        self._pieces: list[CompletionOutput] = []  # one for each event, in order
         self._events: deque[TokenEvent | CompletionOutput] = deque()
+        self._num_events = 0  # read ones too
         self._num_unfinished = request.params.n
+        self._prompt_scores: deque[tuple[int, tuple[int, ...], Scores]] = deque()
         self._prompt_entries: dict[int, dict[int, Logprob]] = {}  # by position
         self._listeners: list[Callable[[], None]] = []
         self._error: BaseException | None = None
@@ -54,6 +61,7 @@ class RequestHandle:
                 item, finish_reason = piece, piece.finish_reason
                 stop = piece.stop_reason if isinstance(piece.stop_reason, str) else None
             self._events.append(item)
+            self._num_events += 1
             now = time.monotonic()
             if event.tokens and self._first_token_s is None:
                 self._first_token_s = now
@@ -65,12 +73,7 @@ class RequestHandle:
 
     def push_prompt_scores(self, start: int, targets: tuple[int, ...], scores: Scores) -> None:
         """Scores of the tokens at positions start, start + 1, ...; positions already known are kept."""
-        count = self.request.params.prompt_logprobs
-        assert count is not None
-        with self._changed:
-            for i, token in enumerate(targets):
-                if start + i not in self._prompt_entries:
-                    self._prompt_entries[start + i] = entry(self._tokenizer, scores, i, token, count)
+        self._prompt_scores.append((start, targets, scores))
 
     def fail(self, error: BaseException) -> None:
         """End the request with an error that every reader gets."""
@@ -106,71 +109,91 @@ class RequestHandle:
         with self._changed:
             if not self._changed.wait_for(self._is_over, timeout_s):
                 raise TimeoutError(f"request {self.request.request_id} is not finished after {timeout_s} s")
-            self._drain()
             self._raise_error()
-            return self._output([join(pieces) for pieces in self._pieces], finished=True)
+        self._read()
+        by_index: list[list[CompletionOutput]] = [[] for _ in self._continuations]
+        for piece in self._pieces:
+            by_index[piece.index].append(piece)
+        return self._output([join(pieces) for pieces in by_index], finished=True)
 
     def __iter__(self) -> Iterator[RequestOutput]:
-        """Outputs that hold only what is new, each of one continuation; one reader at a time."""
-        while True:
+        """Outputs that hold only what is new, each of one continuation; every iteration starts at the first.
+
+        Raises:
+          MillraceError: after what came before the request or the runtime failed.
+        """
+        num_read, is_over = 0, False
+        while not is_over:
             with self._changed:
-                self._changed.wait_for(lambda: self._events or self._is_over())
-                pieces = self._drain()
-                done = self._is_over()
-                if not pieces:
-                    self._raise_error()
-            yield from self._stream(pieces, done)
-            if done:
-                return
+                self._changed.wait_for(functools.partial(self._has_more, num_read))
+            outputs, is_over = self._outputs_from(num_read)
+            num_read += len(outputs)
+            yield from outputs
+        self._raise_error()
 
     async def __aiter__(self) -> AsyncIterator[RequestOutput]:
         """As iteration, without blocking the event loop."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def listener() -> None:
-            loop.call_soon_threadsafe(changed.set)
+            with contextlib.suppress(RuntimeError):  # the reader's event loop is closed: no business of the step loop's
+                loop.call_soon_threadsafe(changed.set)
 
         with self._changed:
             self._listeners.append(listener)
-            changed.set()
         try:
-            while True:
-                await changed.wait()
+            num_read, is_over = 0, False
+            while not is_over:
                 changed.clear()
-                with self._changed:
-                    pieces = self._drain()
-                    done = self._is_over()
-                    if not pieces:
-                        self._raise_error()
-                for output in self._stream(pieces, done):
+                outputs, is_over = self._outputs_from(num_read)
+                num_read += len(outputs)
+                for output in outputs:
                     yield output
-                if done:
-                    return
+                if not is_over:
+                    await changed.wait()
         finally:
             with self._changed:
                 self._listeners.remove(listener)
+        self._raise_error()
 
     def _is_over(self) -> bool:
         return self._num_unfinished == 0 or self._error is not None
+
+    def _has_more(self, num_read: int) -> bool:
+        return self._num_events > num_read or self._is_over()
 
     def _raise_error(self) -> None:
         if self._error is not None:
             raise MillraceError(f"request {self.request.request_id} failed: {self._error}") from self._error
 
-    def _drain(self) -> list[CompletionOutput]:
-        """Turn the events that came into pieces; the condition is held."""
-        pieces = []
-        while self._events:
-            item = self._events.popleft()
-            piece = self._continuations[item.index].take(item) if isinstance(item, TokenEvent) else item
-            if piece is not None:
-                self._pieces[piece.index].append(piece)
-                pieces.append(piece)
-        return pieces
+    def _read(self) -> bool:
+        """Turn the events that came into pieces; returns whether nothing more will come."""
+        with self._reading:
+            is_over = self.finished  # before the events are read: what comes in between is read next time
+            while self._events:
+                item = self._events[0]
+                piece = self._continuations[item.index].take(item) if isinstance(item, TokenEvent) else item
+                assert piece is not None, "the loop pushed past the end"
+                self._pieces.append(piece)
+                self._events.popleft()
+            while self._prompt_scores:
+                self._take_prompt_scores(*self._prompt_scores.popleft())
+        return is_over
 
-    def _stream(self, pieces: list[CompletionOutput], done: bool) -> Iterator[RequestOutput]:
-        for i, piece in enumerate(pieces):
-            yield self._output([piece], finished=done and i == len(pieces) - 1)
+    def _take_prompt_scores(self, start: int, targets: tuple[int, ...], scores: Scores) -> None:
+        count = self.request.params.prompt_logprobs
+        assert count is not None
+        for i, token in enumerate(targets):
+            if start + i not in self._prompt_entries:
+                self._prompt_entries[start + i] = entry(self._tokenizer, scores, i, token, count)
+
+    def _outputs_from(self, num_read: int) -> tuple[list[RequestOutput], bool]:
+        """What came after the first `num_read` outputs, and whether that is all."""
+        is_over = self._read()
+        pieces = self._pieces[num_read:]
+        is_finished = is_over and self._error is None
+        last = len(pieces) - 1
+        return [self._output([piece], finished=is_finished and i == last) for i, piece in enumerate(pieces)], is_over
 
     def _output(self, outputs: list[CompletionOutput], finished: bool) -> RequestOutput:
         request = self.request

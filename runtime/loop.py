@@ -14,6 +14,11 @@ from .plan import Progress, StepPlan
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
 
+_NO_TOKEN = (
+    "the model's logits hold NaN or infinity, or its options leave no token; use dtype=float32 if the checkpoint "
+    "overflows its dtype"
+)
+
 
 class StepLoop:
     """One thread that owns scheduler and executor; others reach it through an inbox."""
@@ -79,6 +84,7 @@ class StepLoop:
             arrived, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
             is_closing = self._is_closing
+        self._sequences.update(dict.fromkeys(arrived, ()))  # should add() fail, its handles are among the waiting
         for handle in arrived:
             sequences = self._scheduler.add(handle.request)
             self._sequences[handle] = sequences
@@ -109,29 +115,27 @@ class StepLoop:
         if progress.chunk is not None and params.prompt_logprobs is not None and sequence.index == 0:
             self._deliver_prompt(progress, handle, result)
         if sequence.status is Status.FINISHED and sequence.finish_reason == "abort":
-            self._forget(sequence)
-            handle.fail(
-                MillraceError(
-                    "the model's logits hold NaN or infinity, or its options leave no token; use dtype=float32 if "
-                    "the checkpoint overflows its dtype"
-                )
-            )
-            self._abort([handle])
+            handle.fail(MillraceError(_NO_TOKEN))
+            self._drop(handle)
             return
         scores = _rows(result.scores(), progress) if params.logprobs is not None and progress.tokens else None
         handle.num_cached_tokens = sequence.num_cached_tokens
         handle.num_preemptions = sequence.num_preemptions
         if not progress.tokens:
             return
-        stop = handle.push(
-            TokenEvent(
-                index=sequence.index,
-                tokens=progress.tokens,
-                scores=scores,
-                finish_reason=sequence.finish_reason,
-                stop_reason=sequence.stop_reason,
-            )
+        event = TokenEvent(
+            index=sequence.index,
+            tokens=progress.tokens,
+            scores=scores,
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
         )
+        try:
+            stop = handle.push(event)
+        except Exception as error:  # its text cannot be made: no business of its neighbours
+            handle.fail(error)
+            self._drop(handle)
+            return
         if stop is not None:
             self._scheduler.finish(sequence, "stop", stop)
         if sequence.status is Status.FINISHED:
@@ -153,14 +157,17 @@ class StepLoop:
 
     def _abort(self, handles: Items[RequestHandle]) -> None:
         for handle in handles:
-            for sequence in self._sequences.pop(handle, ()):
-                if self._handles.pop(sequence, None) is not None:
-                    self._scheduler.finish(sequence, "abort")
-                    handle.push(
-                        TokenEvent(
-                            index=sequence.index, tokens=(), scores=None, finish_reason="abort", stop_reason=None
-                        )
-                    )
+            for sequence in self._drop(handle):
+                handle.push(
+                    TokenEvent(index=sequence.index, tokens=(), scores=None, finish_reason="abort", stop_reason=None)
+                )
+
+    def _drop(self, handle: RequestHandle) -> list[Sequence]:
+        """Forget a request; returns its sequences that had not ended, which the scheduler ends."""
+        dropped = [s for s in self._sequences.pop(handle, ()) if self._handles.pop(s, None) is not None]
+        for sequence in dropped:
+            self._scheduler.finish(sequence, "abort")
+        return dropped
 
 
 def _rows(scores: Scores, progress: Progress) -> Scores:

@@ -12,7 +12,6 @@ class Chunk:
     """Known tokens `start` to `start + num_tokens` of a sequence; the last one's logits are sampled if `samples`."""
 
     sequence: Sequence
-    admission: int
     slot: int
     start: int
     num_tokens: int
@@ -24,7 +23,6 @@ class ShardPlan:
     """One data shard's part. Rows of the step are the decoding slots, in order, then the chunks."""
 
     decoding: tuple[Sequence, ...]
-    admissions: np.ndarray  # [decoding] the admission each row belongs to
     slots: np.ndarray  # [decoding]
     positions: np.ndarray  # [decoding] of the token that is fed in: the one that the slot sampled last
     budgets: np.ndarray  # [decoding] tokens to sample in this step, at most StepPlan.num_steps

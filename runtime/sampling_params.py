@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from ..errors import InvalidRequestError
-from .spelling import nearest
+from .spelling import nearest, shown
 
 MAX_TOKEN_COUNT = 2**24  # past every context and vocabulary; a larger number is a mistake, "no limit" is None
 MAX_STOP_TOKEN_IDS = 32
@@ -106,7 +106,7 @@ class SamplingParams:
             self._set(name, _number(name, getattr(self, name), allowed))
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise InvalidRequestError(f"{name} must be True or False, got {_shown(getattr(self, name))}")
+                raise InvalidRequestError(f"{name} must be True or False, got {shown(getattr(self, name))}")
         self._normalise_collections()
         if 0 < self.temperature < MIN_TEMPERATURE:
             self._set("temperature", MIN_TEMPERATURE)
@@ -146,30 +146,21 @@ class SamplingParams:
             raise InvalidRequestError("allowed_token_ids allows nothing: name at least one id, or None for all")
 
 
-def _shown(value: object) -> str:
-    """The value as an error message shows it: short, whatever it is."""
-    try:
-        text = repr(value)
-    except Exception:  # an integer of more than 4300 digits has no repr, and a user's type may have a broken one
-        text = f"a huge or unprintable {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _integer(name: str, value: object, allowed: _Range) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not allowed.holds(value):
-        raise InvalidRequestError(f"{name} must be an integer {allowed}, got {_shown(value)}")
+        raise InvalidRequestError(f"{name} must be an integer {allowed}, got {shown(value)}")
     return int(value)
 
 
 def _number(name: str, value: object, allowed: _Range) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not allowed.holds(value):
-        raise InvalidRequestError(f"{name} must be a number {allowed}, got {_shown(value)}")
+        raise InvalidRequestError(f"{name} must be a number {allowed}, got {shown(value)}")
     return float(value)
 
 
 def _listed(name: str, value: object, of: str) -> list[object]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
-        raise InvalidRequestError(f"{name} must be a list of {of}, got {_shown(value)}")
+        raise InvalidRequestError(f"{name} must be a list of {of}, got {shown(value)}")
     return list(value)
 
 
@@ -178,7 +169,7 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else _listed(name, () if value is None else value, "strings")
     for text in texts:
         if not isinstance(text, str) or not text:
-            raise InvalidRequestError(f"{name} must hold strings that are not empty, got {_shown(text)}")
+            raise InvalidRequestError(f"{name} must hold strings that are not empty, got {shown(text)}")
     return tuple(dict.fromkeys(str(text) for text in texts))
 
 
@@ -189,8 +180,8 @@ def _token_ids(name: str, value: object) -> tuple[int, ...]:
 
 def _biases(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise InvalidRequestError(f"logit_bias must be a dict of token id to bias, got {_shown(value)}")
+        raise InvalidRequestError(f"logit_bias must be a dict of token id to bias, got {shown(value)}")
     return {
-        _integer("each key of logit_bias", id, _TOKEN_ID): _number(f"logit_bias[{_shown(id)}]", bias, _BIAS)
+        _integer("each key of logit_bias", id, _TOKEN_ID): _number(f"logit_bias[{shown(id)}]", bias, _BIAS)
         for id, bias in value.items()
     }

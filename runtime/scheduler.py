@@ -46,7 +46,7 @@ class Scheduler:
             Shard(index, config.num_slots, config.num_pages, config.page_size, config.pages_per_slot)
             for index in range(config.num_shards)
         )
-        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; some may have ended since
         self._num_requests = 0
         self.num_preemptions = 0
 
@@ -72,16 +72,13 @@ class Scheduler:
             return
         if sequence.status is Status.RUNNING:
             self.shards[sequence.shard].evict(sequence)
-        else:
-            self._waiting = [entry for entry in self._waiting if entry[1] is not sequence]
-            heapq.heapify(self._waiting)
         sequence.status = Status.FINISHED
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
 
     @property
     def num_waiting(self) -> int:
         """Sequences without a slot."""
-        return len(self._waiting)
+        return sum(sequence.status is Status.WAITING for _, sequence in self._waiting)
 
     @property
     def num_running(self) -> int:
@@ -129,13 +126,16 @@ class Scheduler:
         room = [self._prefill_room(shard) for shard in self.shards]
         while self._waiting:
             sequence = self._waiting[0][1]
+            if sequence.status is Status.FINISHED:
+                heapq.heappop(self._waiting)
+                continue
             candidates = [shard for shard in self.shards if room[shard.index] > 0]
             candidates.sort(key=lambda shard: (-len(shard.free_slots), -shard.pool.num_free, shard.index))
             find = self.config.prefix_caching and sequence.request.params.prompt_logprobs is None
             if not any(shard.try_admit(sequence, find) for shard in candidates):
                 break
             heapq.heappop(self._waiting)
-            if sequence.num_admissions == 1:
+            if sequence.num_preemptions == 0:
                 sequence.num_cached_tokens = sequence.num_computed
             room[sequence.shard] -= len(sequence.tokens) - sequence.num_computed
             admitted.append(sequence)
@@ -168,7 +168,6 @@ class Scheduler:
         rows = np.concatenate([slots, np.array([c.slot for c in chunks], np.int64)])
         return ShardPlan(
             decoding=decoding,
-            admissions=shard.admissions[slots],
             slots=slots.astype(np.int32),
             positions=positions,
             budgets=budgets,
@@ -189,7 +188,6 @@ class Scheduler:
             chunks.append(
                 Chunk(
                     sequence=sequence,
-                    admission=sequence.num_admissions,
                     slot=sequence.slot,
                     start=start,
                     num_tokens=size,
@@ -205,21 +203,21 @@ class Scheduler:
         progress = []
         for r, shard_plan in enumerate(plan.shards):
             columns = tokens[:, r].T.tolist()
-            decodes = zip(shard_plan.decoding, shard_plan.admissions, shard_plan.budgets, strict=True)
-            for row, (sequence, admission, budget) in enumerate(decodes):
+            decodes = zip(shard_plan.decoding, shard_plan.budgets, strict=True)
+            for row, (sequence, budget) in enumerate(decodes):
                 if sequence.status is not Status.FINISHED:
-                    new = self._append(sequence, int(admission), columns[row][:budget], None)
+                    new = self._append(sequence, columns[row][:budget], None)
                     progress.append(_progress(sequence, new, r, row))
             first_token = len(shard_plan.decoding)
             for row, chunk in enumerate(shard_plan.chunks, start=len(shard_plan.decoding)):
                 sequence = chunk.sequence
                 if sequence.status is not Status.FINISHED:
-                    new = self._append(sequence, chunk.admission, columns[row][:1] if chunk.samples else [], chunk)
+                    new = self._append(sequence, columns[row][:1] if chunk.samples else [], chunk)
                     progress.append(_progress(sequence, new, r, row, chunk, first_token))
                 first_token += chunk.num_tokens
         return progress
 
-    def _append(self, sequence: Sequence, admission: int, new: list[int], chunk: Chunk | None) -> tuple[int, ...]:
+    def _append(self, sequence: Sequence, new: list[int], chunk: Chunk | None) -> tuple[int, ...]:
         """Append what counts of a step's tokens, up to the one that ends the sequence."""
         request = sequence.request
         ending = next((i for i, token in enumerate(new) if token < 0 or token in request.stop_ids), None)
@@ -229,7 +227,7 @@ class Scheduler:
             self.finish(sequence, "abort")
             return tuple(new)
         sequence.tokens.extend(new)
-        if sequence.status is Status.RUNNING and admission == sequence.num_admissions:
+        if sequence.status is Status.RUNNING:  # else it was preempted since, and has no pages
             num_written = len(sequence.tokens) - 1 if new else chunk.start + chunk.num_tokens if chunk else 0
             self.shards[sequence.shard].remember_pages(sequence, num_written)
         if ending is not None:
@@ -242,7 +240,7 @@ class Scheduler:
         """All that have not ended, running ones first."""
         for shard in self.shards:
             yield from (s for s in shard.sequences if s is not None)
-        yield from (sequence for _, sequence in self._waiting)
+        yield from (s for _, s in self._waiting if s.status is Status.WAITING)
 
 
 def _extend(shard: Shard, slots: np.ndarray, missing: np.ndarray) -> None:

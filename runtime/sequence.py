@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 
-from .pages import ROOT_DIGEST
+from .pages import ROOT_DIGEST, page_digest
 from .request import FinishReason, Request
 
 
@@ -33,11 +33,10 @@ class Sequence:
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0  # tokens whose keys and values are written by the steps planned so far
-    num_admissions: int = 0  # rows of an earlier admission must not touch the pages of a later one
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     root_digest: bytes = ROOT_DIGEST
-    digest: bytes = ROOT_DIGEST  # of the last page made findable
+    digests: list[bytes] = dataclasses.field(default_factory=list)  # of its first full pages, as far as asked for
     num_findable_pages: int = 0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -51,3 +50,11 @@ class Sequence:
     def num_generated(self) -> int:
         """Committed tokens past the prompt."""
         return len(self.tokens) - self.prompt_len
+
+    def page_digest(self, page: int, page_size: int) -> bytes:
+        """The identity of one of its full pages; each is computed once, whatever is tried with the sequence."""
+        while len(self.digests) <= page:
+            start = len(self.digests) * page_size
+            parent = self.digests[-1] if self.digests else self.root_digest
+            self.digests.append(page_digest(parent, self.tokens[start : start + page_size]))
+        return self.digests[page]

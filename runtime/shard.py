@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .pages import PagePool, page_digest
+from .pages import PagePool
 from .sequence import Sequence, Status
 
 
@@ -20,7 +20,6 @@ class Shard:
         self.positions = np.zeros(num_slots, np.int32)  # of the next token to feed in
         self.remaining = np.zeros(num_slots, np.int32)  # tokens that may still be sampled
         self.num_pages = np.zeros(num_slots, np.int32)
-        self.admissions = np.zeros(num_slots, np.int32)
         self.page_tables = np.zeros((num_slots, pages_per_slot), np.int32)
 
     def decoding_slots(self) -> np.ndarray:
@@ -51,12 +50,10 @@ class Shard:
             return False
         slot = self.free_slots.pop()
         sequence.shard, sequence.slot, sequence.status = self.index, slot, Status.RUNNING
-        sequence.num_admissions += 1
         sequence.pages = found
         sequence.num_computed = len(found) * self.page_size
         sequence.num_findable_pages = len(found)
         self.sequences[slot] = sequence
-        self.admissions[slot] = sequence.num_admissions
         self.page_tables[slot, : len(found)] = found
         self.extend(sequence, num_new)
         self.prefilling.append(sequence)
@@ -65,24 +62,18 @@ class Shard:
     def _find(self, sequence: Sequence) -> list[int]:
         """Shared pages that hold the start of its tokens; at least one token is left to compute."""
         pages: list[int] = []
-        digest = sequence.root_digest
-        size = self.page_size
-        for start in range(0, (len(sequence.tokens) - 1) // size * size, size):
-            next_digest = page_digest(digest, sequence.tokens[start : start + size])
-            page = self.pool.find(next_digest)
+        for i in range((len(sequence.tokens) - 1) // self.page_size):
+            page = self.pool.find(sequence.page_digest(i, self.page_size))
             if page is None:
                 break
             pages.append(page)
-            digest = next_digest
-        sequence.digest = digest
         return pages
 
     def remember_pages(self, sequence: Sequence, num_written: int) -> None:
         """Make the full pages among its first `num_written` tokens findable."""
         while (sequence.num_findable_pages + 1) * self.page_size <= num_written:
-            start = sequence.num_findable_pages * self.page_size
-            sequence.digest = page_digest(sequence.digest, sequence.tokens[start : start + self.page_size])
-            self.pool.remember(sequence.pages[sequence.num_findable_pages], sequence.digest)
+            page = sequence.num_findable_pages
+            self.pool.remember(sequence.pages[page], sequence.page_digest(page, self.page_size))
             sequence.num_findable_pages += 1
 
     def start_decoding(self, sequence: Sequence) -> None:
@@ -102,5 +93,4 @@ class Shard:
         self.sequences[slot] = None
         self.free_slots.append(slot)
         self.pool.release(sequence.pages)
-        sequence.pages, sequence.slot, sequence.digest = [], -1, sequence.root_digest
-        sequence.num_findable_pages = sequence.num_computed = 0
+        sequence.pages, sequence.slot = [], -1

@@ -1,7 +1,8 @@
 """How large the cache is and how long a context, from the model, the device and what the user asked for."""
 
 import dataclasses
-import os
+import functools
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -10,7 +11,9 @@ from ..errors import ConfigError, OutOfMemoryError
 from ..models.config import ModelConfig
 from ..models.kv_cache import num_cache_heads
 from ..sharding.rules import Placement
+from . import host_memory
 from .config import DEFAULT_CONTEXT_LEN, DEFAULT_STEP_TOKENS, RuntimeConfig
+from .slot_state import empty_slots
 
 _GPU_HEADROOM = 0.9  # of the memory that the device reports; the rest is for temporaries
 _CPU_SHARE = 0.25  # of the memory that is available: other programs live on the machine too
@@ -52,37 +55,59 @@ def size_cache(config: RuntimeConfig, model: ModelConfig, placement: Placement, 
     """Pages for every slot at full length if there is room, else as many as fit; `weight_bytes` is of one device.
 
     Raises:
-      OutOfMemoryError: not even one sequence of full length fits; says by how much and what mends it.
+      OutOfMemoryError: not even one sequence of full length fits, or more was asked for than there is; says by how
+        much and what mends it.
+      ConfigError: the device does not say how much memory it has, and kv_cache_bytes is not given.
     """
     assert config.max_context_len is not None and config.kv_cache_dtype is not None
     heads = num_cache_heads(model, placement) // placement.size("tensor")
     itemsize = 4 if config.kv_cache_dtype == "float32" else 2
     page_bytes = 2 * model.num_layers * heads * config.page_size * model.head_dim * itemsize
     pages_per_slot = -(-config.max_context_len // config.page_size)
+    taken = {"the weights": weight_bytes, f"num_slots={config.num_slots}": _slot_bytes(config.num_slots, model)}
+    room = _room(placement, taken, config.kv_cache_bytes)
     wanted = pages_per_slot * config.num_slots * page_bytes
-    budget = config.kv_cache_bytes or min(wanted, _free_bytes(placement, weight_bytes))
-    num_pages = min(budget, wanted) // page_bytes if config.kv_cache_bytes is None else budget // page_bytes
+    num_pages = (config.kv_cache_bytes or min(wanted, room)) // page_bytes
     if num_pages < pages_per_slot:
+        longest = num_pages * config.page_size
+        lower = f"Lower max_context_len to {longest}, raise" if longest > 1 else "Raise"
         raise OutOfMemoryError(
             f"one sequence of max_context_len={config.max_context_len} tokens needs {pages_per_slot * page_bytes:,} "
-            f"bytes of KV cache on each device; {budget:,} are there. Lower max_context_len to "
-            f"{num_pages * config.page_size}, raise kv_cache_bytes, or choose a larger tensor axis."
+            f"bytes of KV cache on each device; {config.kv_cache_bytes or room:,} are there. {lower} kv_cache_bytes, "
+            "or choose a larger tensor axis."
         )
-    return CacheSize(num_pages=int(num_pages), page_bytes=page_bytes)
+    return CacheSize(num_pages=num_pages, page_bytes=page_bytes)
 
 
-def _free_bytes(placement: Placement, weight_bytes: int) -> int:
+def _slot_bytes(num_slots: int, model: ModelConfig) -> int:
+    """What sampling remembers of the slots, as if no device shared it."""
+    state = jax.eval_shape(functools.partial(empty_slots, num_slots, model.vocab_size))
+    return sum(array.size * array.dtype.itemsize for array in state)
+
+
+def _room(placement: Placement, taken: Mapping[str, int], wanted: int | None) -> int:
+    """Bytes of one device for a cache of a size that nobody chose; `taken` is what else there will be, by name.
+
+    Raises:
+      OutOfMemoryError: what is taken, or the `wanted` bytes beside it, are more than there is.
+    """
     device: jax.Device = placement.mesh.devices.flat[0]
-    if device.platform == "cpu":
-        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return int(_CPU_SHARE * available) // placement.mesh.size
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
+    is_cpu = device.platform == "cpu"
+    if is_cpu:
+        total = host_memory.available_bytes() // placement.mesh.size  # which all its devices share
+    elif (limit := (device.memory_stats() or {}).get("bytes_limit")) is not None:
+        total = limit
+    elif wanted is not None:
+        return wanted
+    else:
         raise ConfigError(f"{device} does not report its memory; give kv_cache_bytes.")
-    free = int(_GPU_HEADROOM * stats["bytes_limit"]) - weight_bytes
+    if wanted is not None:
+        taken = {**taken, "kv_cache_bytes": wanted}
+    free = total - sum(taken.values())
     if free <= 0:
+        parts = ", ".join(f"{name} {size:,}" for name, size in taken.items())
         raise OutOfMemoryError(
-            f"the weights take {weight_bytes:,} bytes of each device, which has {stats['bytes_limit']:,}. Choose a "
-            "larger tensor axis or a smaller dtype."
+            f"each device has {total:,} bytes, which do not hold {parts}. Choose a larger tensor axis or a smaller "
+            "dtype, or lower num_slots or kv_cache_bytes."
         )
-    return free
+    return min(int(_CPU_SHARE * total), free) if is_cpu else max(free - int((1 - _GPU_HEADROOM) * total), 0)

@@ -1,4 +1,4 @@
-"""What to say about a name that nobody knows: the nearest known one."""
+"""How errors spell things: the nearest known name of an unknown one, and any value in a few characters."""
 
 import difflib
 from collections.abc import Iterable
@@ -14,3 +14,12 @@ def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     if close:
         return f"did you mean {prefix}{close[0]}?"
     return f"the known ones are {', '.join(prefix + known for known in names)}"
+
+
+def shown(value: object) -> str:
+    """The value as an error message shows it: short, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of more than 4300 digits has no repr, and a user's type may have a broken one
+        text = f"a huge or unprintable {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -47,7 +47,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
 
 def _complete(runtime: "Runtime", prompt: str) -> Pace:
     """Stream one completion behind its prompt."""
-    params = runtime.default_sampling_params.replace(temperature=0.3, seed=3, max_tokens=96, stop=STOPS)
+    params = runtime.default_sampling_params.replace(temperature=0.5, seed=11, max_tokens=96, stop=STOPS)
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     print(f"{bold}{prompt}{plain}", end="", flush=True)
     pace = Pace()

@@ -1,8 +1,9 @@
 """Scheduler and pages under random traffic, played as the step loop plays them, against a model of the cache.
 
-The fake device keeps what every step writes: (shard, page, offset) -> token. A query is right if what it would read
-are the tokens of its own sequence. The fake model's next token depends on all tokens before it, so that a token that
-is lost, doubled or read from a wrong page changes everything after it.
+The fake device keeps what every step writes: (shard, page, offset) -> token and, as keys and values depend on all that
+came before, a hash of the tokens up to it. A query is right if what it would read are the tokens of its own sequence.
+The fake model's next token depends on all tokens before it, so that a token that is lost, doubled or read from a wrong
+page changes everything after it.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from millrace.runtime.request import Request
 from millrace.runtime.scheduler import Scheduler, SchedulerConfig
 from millrace.runtime.sequence import Sequence, Status
 
-VOCAB, STOP = 11, 7
+VOCAB, STOP, UNPLANNED = 11, 7, 5
 
 
 def request(prompt: Items[int], max_new: int, n: int = 1, stops: bool = True) -> Request:
@@ -50,26 +51,30 @@ def expected_tokens(request: Request, index: int) -> list[int]:
     return tokens
 
 
+VERY_MANY = 10**6
+
+
 class Device:
-    """Executes plans in order; checks every read and every write."""
+    """Executes plans in order, and as programs do: a row does nothing more once it has sampled one of its stop ids."""
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.page_size = config.page_size
-        self.cache: dict[tuple[int, int, int], int] = {}
+        self.cache: dict[tuple[int, int, int], tuple[int, int]] = {}
         self.last_token: dict[tuple[int, int], int] = {}
 
     def run(self, plan: StepPlan) -> np.ndarray:
         rows = max(shard.num_rows for shard in plan.shards)
-        tokens = np.full((plan.num_steps, len(plan.shards), rows), -5)
+        tokens = np.full((plan.num_steps, len(plan.shards), rows), UNPLANNED)
         for r, shard in enumerate(plan.shards):
             for row, sequence in enumerate(shard.decoding):
                 slot, table = (r, int(shard.slots[row])), shard.page_tables[row]
                 for step in range(shard.budgets[row]):
                     position = int(shard.positions[row]) + step
                     self.write(r, table, position, self.last_token[slot])
-                    self.last_token[slot] = tokens[step, r, row] = next_token(
-                        self.read(r, table, position + 1), sequence.index
-                    )
+                    token = next_token(self.read(r, table, position + 1), sequence.index)
+                    self.last_token[slot] = tokens[step, r, row] = token
+                    if token in sequence.request.stop_ids:
+                        break
             for row, chunk in enumerate(shard.chunks, start=len(shard.decoding)):
                 table, end = shard.page_tables[row], chunk.start + chunk.num_tokens
                 for position in range(chunk.start, end):
@@ -81,11 +86,20 @@ class Device:
         return tokens
 
     def write(self, shard: int, table: np.ndarray, position: int, token: int) -> None:
-        self.cache[shard, int(table[position // self.page_size]), position % self.page_size] = token
+        before = self.cache.get(self.place(shard, table, position - 1), (-1, -1))[1] if position else 0
+        self.cache[self.place(shard, table, position)] = (token, hash((before, token)))
+
+    def place(self, shard: int, table: np.ndarray, position: int) -> tuple[int, int, int]:
+        return shard, int(table[position // self.page_size]), position % self.page_size
 
     def read(self, shard: int, table: np.ndarray, num_tokens: int) -> list[int]:
-        places = [(shard, int(table[p // self.page_size]), p % self.page_size) for p in range(num_tokens)]
-        return [self.cache[place] for place in places]
+        """Tokens, each a 1000 where it was written after other tokens than those before it."""
+        tokens, before = [], 0
+        for position in range(num_tokens):
+            token, digest = self.cache.get(self.place(shard, table, position), (-1, -1))
+            before = hash((before, token))
+            tokens.append(token if before == digest else 1000)
+        return tokens
 
 
 def check_pages(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -102,6 +116,8 @@ def check_pages(scheduler: Scheduler, plan: StepPlan) -> None:
             written += [int(part.page_tables[row, page]) for page in pages]
         assert len(written) == len(set(written)), "two writers of one page"
         assert all(shard.pool.num_owners(page) == 1 for page in written), "a shared page is written"
+        assert not shard.pool._digest_of.keys() & set(written), "a page that others may find is written"
+        assert all(len(s.pages) <= -(-s.max_len // size) for s in shard.sequences if s is not None)
         held = [page for s in shard.sequences if s is not None for page in s.pages]
         assert shard.pool.num_free == shard.pool.num_pages - len(set(held))
 
@@ -113,6 +129,7 @@ class Play:
     config: SchedulerConfig
     arrivals: list[tuple[int, Request]]
     cancellations: dict[int, int]  # step -> number of a sequence
+    stop_strings: dict[int, int] = dataclasses.field(default_factory=dict)  # number of a sequence -> tokens it has then
 
     def run(self) -> tuple[Scheduler, list[Sequence], list[StepPlan]]:
         scheduler, device = Scheduler(self.config), Device(self.config)
@@ -130,11 +147,15 @@ class Play:
             if plan is not None:
                 check_pages(scheduler, plan)
                 assert plan.num_tokens <= self.config.max_step_tokens
+                assert 1 <= plan.num_steps <= (self.config.max_decode_steps if plan.is_decode else 1)
                 assert pick(buckets, plan.is_decode, plan.num_tokens)
                 plans.append(plan)
             tokens = device.run(plan) if plan is not None else None
             if in_flight is not None:
-                scheduler.commit(*in_flight)
+                for progress in scheduler.commit(*in_flight):
+                    number = sequences.index(progress.sequence)
+                    if progress.sequence.num_generated >= self.stop_strings.get(number, VERY_MANY):
+                        scheduler.finish(progress.sequence, "stop", "a string")
             in_flight = (plan, tokens) if plan is not None and tokens is not None else None
             if plan is None and in_flight is None and not waiting and not scheduler.num_waiting:
                 return scheduler, sequences, plans
@@ -159,21 +180,28 @@ def plays(draw: st.DrawFn) -> Play:
     arrivals = []
     for _ in range(draw(st.integers(1, 10))):
         prompt_len = draw(st.integers(1, max_len - 1))
-        prompt = [draw(st.integers(0, 1)), *(i % 3 for i in range(prompt_len - 1))]  # many share their beginning
+        fork = draw(st.integers(0, prompt_len))  # many share their beginning
+        head = draw(st.integers(0, 1))
+        prompt = [
+            *(head if i == 0 else i % 3 for i in range(fork)),
+            *((i + fork) % 5 for i in range(prompt_len - fork)),
+        ]
         max_new = draw(st.integers(1, max_len - prompt_len))
         arrivals.append((draw(st.integers(0, 12)), request(prompt, max_new, n=draw(st.integers(1, 3)))))
     cancellations = draw(st.dictionaries(st.integers(0, 30), st.integers(0, 9), max_size=3))
-    return Play(config, arrivals, cancellations)
+    stop_strings = draw(st.dictionaries(st.integers(0, 9), st.integers(1, 6), max_size=3))
+    return Play(config, arrivals, cancellations, stop_strings)
 
 
 @given(plays())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_sequence_ends_with_its_own_tokens_and_no_page_is_leaked(play: Play) -> None:
     scheduler, sequences, _ = play.run()
-    for sequence in sequences:
+    for number, sequence in enumerate(sequences):
         assert sequence.status is Status.FINISHED
         alone = expected_tokens(sequence.request, sequence.index)
-        if sequence.finish_reason == "abort":
+        if sequence.finish_reason == "abort" or sequence.stop_reason == "a string":
+            assert number in (play.stop_strings if sequence.stop_reason else play.cancellations.values())
             assert sequence.tokens == alone[: len(sequence.tokens)]
         else:
             assert sequence.tokens == alone
@@ -233,6 +261,48 @@ def test_a_finished_sequence_leaves_its_full_pages_to_be_found() -> None:
     prompt = [1, 2, 3, 4] * 3
     _, sequences, _ = Play(CONFIG, [(0, request(prompt, 2)), (10, request(prompt, 2))], {}).run()
     assert [s.num_cached_tokens for s in sequences] == [0, 8]
+
+
+def test_what_ends_while_it_waits_is_never_admitted() -> None:
+    scheduler = Scheduler(CONFIG)
+    sequences = [scheduler.add(request([1], 3))[0] for _ in range(6)]
+    for sequence in sequences[:5]:
+        scheduler.finish(sequence, "abort")
+    assert scheduler.num_waiting == 1 and list(scheduler.sequences()) == [sequences[5]]
+    plan = scheduler.plan()
+    assert plan is not None and plan.admitted == (sequences[5],) and scheduler.num_waiting == 0
+
+
+def test_a_preempted_sequence_finds_its_own_pages_again() -> None:
+    small = dataclasses.replace(CONFIG, num_pages=8)
+    _, sequences, plans = Play(small, [(0, request([i] * 8, 20, stops=False)) for i in range(2)], {}).run()
+    assert sequences[1].num_preemptions > 0
+    admissions = [plan.shards[0].chunks for plan in plans if sequences[1] in plan.admitted]
+    starts = [chunk.start for chunks in admissions for chunk in chunks if chunk.sequence is sequences[1]]
+    assert starts[0] == 0 and len(starts) > 1 and all(starts[1:])
+    assert sequences[1].num_cached_tokens == 0, "what it computed itself was not cached"
+
+
+def test_who_asks_for_prompt_logprobs_gets_every_prompt_token_computed() -> None:
+    prompt = [1, 2, 3, 4] * 3
+    asked = request(prompt, 2)
+    asked = dataclasses.replace(asked, params=asked.params.replace(prompt_logprobs=1))
+    _, sequences, _ = Play(CONFIG, [(0, request(prompt, 2)), (10, asked)], {}).run()
+    assert [s.num_cached_tokens for s in sequences] == [0, 0]
+
+
+def test_without_prefix_caching_nothing_is_found() -> None:
+    prompt = [1, 2, 3, 4] * 3
+    config = dataclasses.replace(CONFIG, prefix_caching=False)
+    _, sequences, _ = Play(config, [(0, request(prompt, 2)), (10, request(prompt, 2))], {}).run()
+    assert [s.num_cached_tokens for s in sequences] == [0, 0]
+
+
+def test_first_come_is_first_served() -> None:
+    requests = [request([i], 6, stops=False) for i in range(9)]
+    plans = Play(CONFIG, [(0, r) for r in requests], {}).run()[2]
+    admitted = [sequence.arrival for plan in plans for sequence in plan.admitted]
+    assert admitted == sorted(admitted) and len(admitted) == 9
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])
