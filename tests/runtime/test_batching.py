@@ -176,7 +176,7 @@ WANTED: list[tuple[dict[str, Any], set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "wanted"), WANTED, ids=lambda value: "+".join(value) or "nothing")
+@pytest.mark.parametrize(("options", "wanted"), WANTED, ids=lambda value: "+".join(sorted(value)) or "nothing")
 def test_a_step_computes_what_one_of_its_rows_wants_and_no_more(
     batcher: Batcher, options: dict[str, Any], wanted: set[str]
 ) -> None:

@@ -206,15 +206,16 @@ def test_log_probabilities_are_those_of_the_tokens_beside_them(bench: Bench) -> 
 
 def test_prompt_log_probabilities_come_once_for_all_continuations(bench: Bench) -> None:
     prompt = tuple(range(10, 30))
-    handles = [bench.handle((1, 2), max_tokens=20), bench.handle(prompt, prompt_logprobs=0, n=3)]
+    neighbours = [bench.handle((i, i), max_tokens=20) for i in range(CONFIG.num_shards)]  # so that it is not the first
+    handle = bench.handle(prompt, prompt_logprobs=0, n=3)
     taken: list[int] = []
-    push = handles[1].push_prompt_scores
-    handles[1].push_prompt_scores = lambda start, targets, scores: (  # type: ignore[method-assign]
+    push = handle.push_prompt_scores
+    handle.push_prompt_scores = lambda start, targets, scores: (  # type: ignore[method-assign]
         taken.extend(targets),
         push(start, targets, scores),
     )[1]
-    bench.loop.submit(handles)
-    output = handles[1].result(WAIT_S)
+    bench.loop.submit([*neighbours, handle])
+    output = handle.result(WAIT_S)
     assert output.prompt_logprobs is not None and output.prompt_logprobs[0] is None
     assert [{t: e.logprob for t, e in (step or {}).items()} for step in output.prompt_logprobs[1:]] == [
         {t: -t} for t in prompt[1:]
