@@ -15,6 +15,7 @@ from .handle import RequestHandle
 from .loop import StepLoop
 from .request import Prompt, RequestOutput, validate
 from .sampling_params import SamplingParams
+from .spelling import shown
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -119,7 +120,7 @@ class Runtime:
         if given is None or isinstance(given, SamplingParams):
             return [given or self.default_sampling_params] * len(prompts)
         if not isinstance(given, Sequence) or isinstance(given, str):
-            raise InvalidRequestError(f"sampling_params must be SamplingParams or a list of them, got {given!r:.80}")
+            raise InvalidRequestError(f"sampling_params must be SamplingParams or a list of them, got {shown(given)}")
         if len(given) != len(prompts):
             raise InvalidRequestError(f"{len(prompts)} prompts want as many sampling_params, got {len(given)}")
         return list(given)
@@ -145,7 +146,7 @@ def _as_batch(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, bytes | Mapping) or not hasattr(prompts, "__iter__"):
-        raise InvalidRequestError(f"prompts must be a string, token ids, or a list of either, got {prompts!r:.80}")
+        raise InvalidRequestError(f"prompts must be a string, token ids, or a list of either, got {shown(prompts)}")
     items = list(prompts)
     if items and all(not isinstance(item, str) and not hasattr(item, "__iter__") for item in items):
         return [items]  # one prompt of token ids

@@ -70,11 +70,11 @@ def size_cache(config: RuntimeConfig, model: ModelConfig, placement: Placement, 
     num_pages = (config.kv_cache_bytes or min(wanted, room)) // page_bytes
     if num_pages < pages_per_slot:
         longest = num_pages * config.page_size
-        lower = f"Lower max_context_len to {longest}, raise" if longest > 1 else "Raise"
+        to = f" to {longest}" if longest > 1 else ""
         raise OutOfMemoryError(
             f"one sequence of max_context_len={config.max_context_len} tokens needs {pages_per_slot * page_bytes:,} "
-            f"bytes of KV cache on each device; {config.kv_cache_bytes or room:,} are there. {lower} kv_cache_bytes, "
-            "or choose a larger tensor axis."
+            f"bytes of KV cache on each device; {config.kv_cache_bytes or room:,} are there. "
+            f"Lower max_context_len{to}, raise kv_cache_bytes, or choose a larger tensor axis."
         )
     return CacheSize(num_pages=num_pages, page_bytes=page_bytes)
 
