@@ -209,7 +209,7 @@ def test_a_wrong_option_of_the_runtime_is_refused_before_anything_is_loaded(open
         with pytest.raises((ConfigError, KernelError)) as error:
             open_tiny(**options)
         assert len(str(error.value)) > 15
-    with pytest.raises(OutOfMemoryError, match="Raise kv_cache_bytes"):
+    with pytest.raises(OutOfMemoryError, match="max_context_len=96 tokens needs"):
         open_tiny(kv_cache_bytes=1000)
 
 
