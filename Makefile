@@ -48,7 +48,7 @@ format:
 parity:
 	@.ci/venv parity
 	@$(BIN)/python tests/fixtures/make.py --out build/parity --seed $(SEED)
-	@$(BIN)/pytest tests/test_parity.py -q -n $(WORKERS) --checkpoints build/parity/checkpoints
+	@$(BIN)/pytest tests/test_parity.py -q -n $(WORKERS) --checkpoints=build/parity/checkpoints
 
 bench:
 	@.ci/venv bench
