@@ -1,6 +1,7 @@
 """Runtime: the whole library from Python."""
 
 import itertools
+import random
 import weakref
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ class Runtime:
         tokenizer = self._tokenizer
         self._chat = ChatRenderer(*((tokenizer.chat_template, tokenizer.special_tokens) if tokenizer else (None, {})))
         self._request_numbers = itertools.count()
+        self._seeds = None if self.config.seed is None else random.Random(self.config.seed)
         self._close_at_exit = weakref.finalize(self, _close, self._loop, self._chat)
 
     @classmethod
@@ -126,7 +128,7 @@ class Runtime:
         return list(given)
 
     def _make_handle(self, prompt: Prompt, params: SamplingParams, text: str | None = None) -> RequestHandle:
-        request = validate(str(next(self._request_numbers)), prompt, params, self._limits, text=text)
+        request = validate(str(next(self._request_numbers)), prompt, params, self._limits, text=text, seeds=self._seeds)
         return RequestHandle(request, self._tokenizer, self._loop.cancel)
 
     def _submit_chat(

@@ -39,7 +39,7 @@ class RuntimeConfig:
     kv_cache_bytes: int | None = None  # on each device: what num_slots full contexts need, within the free memory
     kv_cache_dtype: str | None = None  # as dtype
     mesh: tuple[tuple[str, int], ...] | None = None  # sizes of mesh axes: every axis 1
-    seed: int = 0  # of what is random in the runtime itself; requests carry their own
+    seed: int | None = None  # of the seeds that requests without one draw: fresh every time
     prefix_caching: bool = True  # pages of equal beginnings are computed once
     max_decode_steps: int = 8  # decode steps of one dispatch when nothing waits
     compile_cache_dir: str | None = None  # compiled programs: ~/.cache/millrace/programs; "" keeps none
@@ -83,7 +83,7 @@ _INTEGERS = (
     ("seed", 0, 2**64 - 1),
 )
 _MAX_MESH_SIZE = 2**20
-_OPTIONAL = ("max_context_len", "max_step_tokens", "kv_cache_bytes")
+_OPTIONAL = ("max_context_len", "max_step_tokens", "kv_cache_bytes", "seed")
 
 
 def _check_text(config: RuntimeConfig, *names: str) -> None:

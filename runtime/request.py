@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-import secrets
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -105,11 +105,13 @@ class Request:
 
 
 def validate(
-    request_id: str, prompt: Prompt, params: SamplingParams, limits: RequestLimits, *, text: str | None = None
-) -> Request:
+    request_id: str, prompt: Prompt, params: SamplingParams, limits: RequestLimits, *, text: str | None = None,
+    seeds: random.Random | None = None,
+) -> Request:  # fmt: skip
     """Check one request against what the runtime can serve, tokenize it and resolve it.
 
-    `text` is what a prompt of token ids was made from, if it is known (a rendered chat). Raises InvalidRequestError.
+    `text` is what a prompt of token ids was made from, if it is known (a rendered chat); `seeds` draws the seed of a
+    request that names none, the system does if it is None. Raises InvalidRequestError.
     """
     if not isinstance(params, SamplingParams):
         raise InvalidRequestError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
@@ -119,11 +121,15 @@ def validate(
     if limits.tokenizer is None and params.stop:
         raise InvalidRequestError("stop needs a tokenizer, which this checkpoint does not have: use stop_token_ids")
     eos_ids = frozenset(() if params.ignore_eos else (id for id in limits.eos_ids if id < limits.vocab_size))
+    if params.seed is None:
+        params = params.replace(seed=(seeds or random.SystemRandom()).getrandbits(64))
     request = Request(
         request_id=request_id,
         prompt=prompt if isinstance(prompt, str) else text,
         prompt_token_ids=prompt_ids,
-        params=params if params.seed is not None else params.replace(seed=secrets.randbits(64)),
+        params=params
+        if params.seed is not None
+        else params.replace(seed=(seeds or random.SystemRandom()).getrandbits(64)),
         max_new_tokens=min(params.max_tokens or limits.max_context_len, limits.max_context_len - len(prompt_ids)),
         eos_ids=eos_ids,
         stop_ids=eos_ids | frozenset(params.stop_token_ids),

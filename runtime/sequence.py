@@ -35,7 +35,6 @@ class Sequence:
     num_computed: int = 0  # tokens whose keys and values are written by the steps planned so far
     num_cached_tokens: int = 0
     num_preemptions: int = 0
-    root_digest: bytes = ROOT_DIGEST
     digests: list[bytes] = dataclasses.field(default_factory=list)  # of its first full pages, as far as asked for
     num_findable_pages: int = 0
     finish_reason: FinishReason | None = None
@@ -55,6 +54,6 @@ class Sequence:
         """The identity of one of its full pages; each is computed once, whatever is tried with the sequence."""
         while len(self.digests) <= page:
             start = len(self.digests) * page_size
-            parent = self.digests[-1] if self.digests else self.root_digest
+            parent = self.digests[-1] if self.digests else ROOT_DIGEST
             self.digests.append(page_digest(parent, self.tokens[start : start + page_size]))
         return self.digests[page]

@@ -143,6 +143,15 @@ def test_an_unnamed_seed_is_drawn_and_reported(runtime: Runtime) -> None:
     assert tokens(runtime, [4, 5], params.replace(seed=first.seed)) == list(first.token_ids)
 
 
+def test_a_runtime_with_a_seed_draws_the_same_seeds_again(open_tiny: OpenTiny) -> None:
+    drawn = []
+    for seed in (5, 5, 6):
+        with open_tiny(seed=seed) as seeded:
+            outputs = seeded.generate([[4], [5]], SamplingParams(max_tokens=1), use_tqdm=False)
+            drawn.append([output.outputs[0].seed for output in outputs])
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_logprobs_hold_the_sampled_token_and_sum_up(runtime: Runtime) -> None:
     output = runtime.generate([4, 5, 6], SEEDED.replace(logprobs=2, prompt_logprobs=1), use_tqdm=False)[0]
     completion = output.outputs[0]

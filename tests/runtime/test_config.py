@@ -39,7 +39,7 @@ def test_integers_refuse_zero_where_it_would_mean_nothing(name: str) -> None:
         RuntimeConfig(**{name: 0})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["num_slots", "page_size", "max_decode_steps", "seed"])
+@pytest.mark.parametrize("name", ["num_slots", "page_size", "max_decode_steps"])
 def test_integers_without_a_default_of_their_own_refuse_none(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         RuntimeConfig(**{name: None})  # type: ignore[arg-type]
