@@ -1,11 +1,13 @@
 # Every target does its own set-up: .ci/venv finds a Python, makes .venv and installs what the target needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity bench wheel clean
+.PHONY: help demo test lint format parity bench bench-weights wheel clean
 export PYTHON
 
 BIN := .venv/bin
 WORKERS ?= 2
 TESTS ?= tests
+# Where bench-weights finds the environment of llama.cpp, or makes it.
+PEERS ?= build/peers
 # The committed checkpoints have another seed, so that `make parity` never compares what the tests compare already.
 SEED ?= $(shell date +%s)
 
@@ -16,6 +18,7 @@ help:
 	@echo 'make format  let ruff rewrite the files'
 	@echo 'make parity  compare with transformers on fresh checkpoints (installs torch)'
 	@echo 'make bench   measure the numbers of the README again'
+	@echo 'make bench-weights  measure weights: loading, converting, streaming, beside llama.cpp (12 minutes)'
 	@echo 'make wheel   build dist/*.whl and check what it holds'
 	@echo 'make clean   remove .venv and everything that was built'
 
@@ -55,6 +58,13 @@ bench:
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/step_overhead.py
 	@$(BIN)/python benchmarks/batch_scaling.py
+
+# llama.cpp is built with the compiler that is here, which takes minutes; the benchmark goes on where that fails.
+bench-weights:
+	@.ci/venv bench
+	@$(PEERS)/bin/python -c 'import llama_cpp' 2>/dev/null || { $(BIN)/python -m venv $(PEERS) && \
+		$(PEERS)/bin/python -m pip install -q --no-input 'llama-cpp-python>=0.3.36'; } || echo 'llama.cpp is left out'
+	@$(BIN)/python benchmarks/weights.py --peers=$(PEERS)
 
 wheel:
 	@.ci/venv runtime

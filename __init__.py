@@ -20,6 +20,7 @@ from .errors import (
     OutOfMemoryError,
     ProgramError,
     RuntimeClosedError,
+    StepError,
     UnsupportedModelError,
 )
 
@@ -45,6 +46,7 @@ __all__ = [
     "RuntimeClosedError",
     "RuntimeConfig",
     "SamplingParams",
+    "StepError",
     "UnsupportedModelError",
     "__version__",
 ]

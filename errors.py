@@ -7,6 +7,7 @@ MillraceError
 │   └── UnsupportedModelError     a model family or a config key that Millrace does not implement
 ├── KernelError               a named kernel implementation that cannot serve, with its reason
 ├── ProgramError              a step for which no program was compiled
+├── StepError                 a step that could not be computed; the requests that it touched fail, the runtime goes on
 ├── OutOfMemoryError          the plan does not fit the device
 └── RuntimeClosedError        a call after close(), or after the step loop died
 """
@@ -38,6 +39,10 @@ class KernelError(MillraceError):
 
 class ProgramError(MillraceError):
     """A step has a shape for which no program was compiled."""
+
+
+class StepError(MillraceError):
+    """A step could not be computed; the requests that it touched fail, and the runtime goes on."""
 
 
 class OutOfMemoryError(MillraceError):

@@ -1,5 +1,7 @@
 """The decoder, the only forward: embed, periods of layers, head."""
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,12 +132,26 @@ def _scan_stage(
     return x, cache
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerParams:
+    """Where one layer's parameters lie in the tree: at `index` of the stacked arrays below `path`."""
+
+    spec: LayerSpec
+    path: str  # "stages/0/1"
+    index: int
+    specs: SpecTree  # without the axis of layers
+
+
 class AbstractDecoder:
-    """The decoder before its weights exist: parameter specs, and `bind` to run it with a dict of arrays."""
+    """The decoder before its weights exist: parameter specs, and `bind` to run it with a dict of arrays.
+
+    Its parts can be bound apart, for weights that are not all there at once: `without_layers`, and each layer.
+    """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         abstract = nnx.eval_shape(lambda: Decoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
         self.config = config
+        self.dtype = dtype
         self._graph, state = nnx.split(abstract)
         self.specs = _specs(state)
 
@@ -143,6 +159,29 @@ class AbstractDecoder:
         """The module with these arrays as its parameters; works on tracers."""
         decoder: Decoder = nnx.merge(self._graph, params)
         return decoder
+
+    @functools.cached_property
+    def without_layers(self) -> "AbstractDecoder":
+        """The same embedding and head around no layer at all."""
+        return AbstractDecoder(dataclasses.replace(self.config, layers=()), self.dtype)
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerParams, ...]:
+        """The model's layers, in order."""
+        found: dict[int, LayerParams] = {}
+        for s, stage in enumerate(self.config.stages):
+            for p, spec in enumerate(stage.period):
+                stacked: Any = self.specs["stages"]
+                specs = jax.tree.map(_one_layer, stacked[str(s)][str(p)], is_leaf=lambda x: isinstance(x, ParamSpec))
+                for index, number in enumerate(stage.layer_indices(p)):
+                    found[number] = LayerParams(spec, f"stages/{s}/{p}", index, specs)
+        return tuple(found[number] for number in range(self.config.num_layers))
+
+    def bind_layer(self, spec: LayerSpec, params: Params) -> Layer:
+        """A layer of this kind with these arrays, which have no axis of layers, as its parameters."""
+        abstract = nnx.eval_shape(lambda: Layer(spec, self.config, dtype=self.dtype, rngs=nnx.Rngs(0)))
+        layer: Layer = nnx.merge(nnx.graphdef(abstract), params)
+        return layer
 
 
 def _specs(state: Any) -> SpecTree:
@@ -156,3 +195,7 @@ def _specs(state: Any) -> SpecTree:
             node = node.setdefault(key, {})
         node[path[-1]] = ParamSpec(tuple(param.shape), param.dtype, axes)
     return specs
+
+
+def _one_layer(stacked: ParamSpec) -> ParamSpec:
+    return ParamSpec(stacked.shape[1:], stacked.dtype, stacked.axes[1:])

@@ -4,6 +4,7 @@ import itertools
 import random
 import weakref
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -12,10 +13,12 @@ from ..errors import InvalidRequestError
 from .assembly import assemble
 from .chat_template import ChatRenderer
 from .config import RuntimeConfig
+from .executor import Executor
 from .handle import RequestHandle
+from .live_weights import LiveWeights, Weights
 from .loop import StepLoop
 from .request import Prompt, RequestOutput, validate
-from .sampling_params import SamplingParams
+from .sampling_params import OnWeightsUpdate, SamplingParams
 from .spelling import shown
 
 Messages = Sequence[Mapping[str, Any]]
@@ -36,11 +39,14 @@ class Runtime:
         self._limits = engine.limits
         self._tokenizer = engine.limits.tokenizer
         self._loop = StepLoop(engine.scheduler, engine.executor)
+        self._weights = LiveWeights(
+            self._loop, engine.executor, engine.source, show_progress=bool(self.config.progress)
+        )
         tokenizer = self._tokenizer
         self._chat = ChatRenderer(*((tokenizer.chat_template, tokenizer.special_tokens) if tokenizer else (None, {})))
         self._request_numbers = itertools.count()
         self._seeds = None if self.config.seed is None else random.Random(self.config.seed)
-        self._close_at_exit = weakref.finalize(self, _close, self._loop, self._chat)
+        self._close_at_exit = weakref.finalize(self, _close, self._loop, engine.executor, self._chat)
 
     @classmethod
     def from_pretrained(cls, model: str = "embedded", **options: Any) -> "Runtime":
@@ -108,6 +114,40 @@ class Runtime:
         """As `chat`, piece by piece."""
         return _stream(self._submit_chat(messages, sampling_params, template_options))
 
+    @property
+    def weights_version(self) -> int:
+        """How many times the weights were updated; every output says which version computed it."""
+        return self._loop.weights_version
+
+    def update_weights(self, weights: Weights, *, running: OnWeightsUpdate = "drain") -> int:
+        """Replace all or some weights between two steps, without a compile; returns the new version once that is done.
+
+        `weights` are numpy or jax arrays by the parameters' paths, as a nested dict or as {"embed/weight": ...}; or
+        the path or URL of a store of the same model, which is the only kind where weights are streamed. Floats become
+        the dtype that runs. All is checked before anything is replaced. Arrays are copied, one at a time; but a jax
+        array of the right dtype and sharding is taken as it is: do not donate or delete it afterwards.
+
+        Requests that have started end on the old weights first with `running="drain"`, while nothing new starts, or go
+        on with the new ones with "immediate"; a request's own `on_weights_update` decides for it. Several updates
+        happen in order. An interrupt while it waits withdraws the update.
+
+        Raises:
+          ConfigError, CheckpointError: what is wrong with which array; the old weights stand.
+          RuntimeClosedError: the runtime was closed.
+        """
+        return self._weights.update(weights, running)
+
+    def save_weights(self, store: str | Path) -> None:
+        """Write the weights of this moment as a store, to a new or empty path or URL; steps and updates go on.
+
+        What an update replaces meanwhile stays in memory until it is written.
+
+        Raises:
+          CheckpointError: the place holds something already, or cannot be written.
+          RuntimeClosedError: the runtime was closed.
+        """
+        self._weights.save(store)
+
     def close(self) -> None:
         """Abort what is running and end the step loop; closing twice does nothing."""
         self._close_at_exit()
@@ -163,6 +203,7 @@ def _stream(handle: RequestHandle) -> Generator[RequestOutput]:
             handle.cancel()
 
 
-def _close(loop: Any, chat: ChatRenderer) -> None:
+def _close(loop: StepLoop, executor: Executor, chat: ChatRenderer) -> None:
     loop.close()
+    executor.close()
     chat.close()

@@ -1,28 +1,35 @@
 """Puts a runtime together: model, mesh, sizes, programs, weights, step loop."""
 
 import dataclasses
-import math
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
 import numpy as np
 
 from ..errors import ConfigError
-from ..models.decoder import AbstractDecoder
+from ..models.decoder import AbstractDecoder, Params
 from ..models.kv_cache import cache_spec
 from ..models.partition import partition
 from ..pallas_kernels.dispatch import KernelChoices, Platform
 from ..sharding.mesh import make_mesh
 from ..sharding.rules import Placement
-from ..sharding.specs import ParamSpec
-from .buckets import make_buckets
-from .config import DEFAULT_CACHE_DIR, RuntimeConfig
+from . import host_memory
+from .buckets import Bucket, make_buckets
+from .checkpoint import Checkpoint
+from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig
 from .executor import Executor
 from .model_source import ModelSource, compute_dtype, open_model
-from .programs import StepModel, compile_programs
+from .param_tree import flatten
+from .programs import Programs, compile_programs
 from .request import RequestLimits
 from .scheduler import Scheduler, SchedulerConfig
-from .sizes import resolve, size_cache
+from .sizes import resolve, size_cache, weights_budget
+from .steps import StepModel
+from .store import Store
+from .store_cache import cached_store
+from .weight_streaming import StreamedParams, StreamSizes, open_stream, plan_stream
 from .weights import load_params
 
 
@@ -46,33 +53,132 @@ def assemble(config: RuntimeConfig) -> Engine:
     source = open_model(config.model, config.revision)
     dtype = compute_dtype(source.config, config.dtype)
     config = resolve(config, source.config, dtype)
-    assert config.max_context_len and config.max_step_tokens
     keep_programs(config.compile_cache_dir)
     placement = partition(source.config, make_mesh(dict(config.mesh or ())))
     config = config.replace(mesh=tuple((str(axis), int(size)) for axis, size in placement.mesh.shape.items()))
     decoder = AbstractDecoder(source.config, dtype)
-    size = size_cache(config, source.config, placement, _device_bytes(decoder, placement))
-    config = config.replace(kv_cache_bytes=size.num_pages * size.page_bytes)
-    assert config.max_context_len and config.max_step_tokens and config.kv_cache_dtype
-    model = StepModel(
+    sizes = None
+    if config.weights != "resident":
+        sizes = plan_stream(decoder, placement, weights_budget(config, placement))
+        config = config.replace(weights_memory=sizes.num_bytes)
+    weight_bytes = sizes.num_bytes if sizes else _device_bytes(decoder, placement)
+    cache_size = size_cache(config, source.config, placement, weight_bytes)
+    config = config.replace(kv_cache_bytes=cache_size.num_pages * cache_size.page_bytes)
+    source = _with_weights(source, config, dtype)
+    model = _step_model(config, decoder, placement, cache_size.num_pages)
+    assert config.num_slots and config.max_step_tokens
+    buckets = make_buckets(config.num_slots, config.max_step_tokens)
+    params, programs = _load_and_compile(source, model, buckets, sizes, config)
+    limits = RequestLimits(
+        vocab_size=source.config.vocab_size,
+        max_context_len=model.max_context_len,
+        eos_ids=source.eos_ids,
+        tokenizer=source.tokenizer,
+    )
+    return Engine(
+        config=config,
+        source=source,
+        limits=limits,
+        scheduler=_scheduler(config, placement, cache_size.num_pages),
+        executor=Executor(model, buckets, programs, params),
+    )
+
+
+def _with_weights(source: ModelSource, config: RuntimeConfig, dtype: np.dtype) -> ModelSource:
+    """The source with the weights in the form in which they will be read: a store, unless that was turned off."""
+    weights = source.weights
+    if isinstance(weights, Checkpoint) and config.store:
+        folder = Path(config.store_cache_dir or DEFAULT_STORE_CACHE_DIR).expanduser()
+        weights = cached_store(weights, source.config, dtype, folder, show_progress=config.progress)
+    if isinstance(weights, Checkpoint):
+        if config.weights != "resident":
+            raise ConfigError(
+                f"weights={config.weights} reads layers from a store; {weights.path} is a Hugging Face checkpoint. "
+                "Leave --no-store away, or convert it first: millrace convert."
+            )
+        return source
+    return dataclasses.replace(source, weights=weights.with_direct_io() if _is_direct(config, weights) else weights)
+
+
+def _is_direct(config: RuntimeConfig, store: Store) -> bool:
+    """Whether to read past the page cache: where it holds nothing yet, or could not hold what every step reads."""
+    if config.weights_io != "auto":
+        return config.weights_io == "direct"
+    if config.weights == "stream":
+        return store.num_bytes > host_memory.available_bytes()
+    return not store.is_cached()
+
+
+def _step_model(config: RuntimeConfig, decoder: AbstractDecoder, placement: Placement, num_pages: int) -> StepModel:
+    assert config.max_context_len and config.kv_cache_dtype and config.num_slots
+    return StepModel(
         decoder=decoder,
         placement=placement,
         kernels=KernelChoices(_platform(placement), dict(config.kernels)),
-        cache=cache_spec(source.config, placement, size.num_pages, config.page_size, config.kv_cache_dtype),
+        cache=cache_spec(decoder.config, placement, num_pages, config.page_size, config.kv_cache_dtype),
         num_slots=config.num_slots,
         pages_per_slot=-(-config.max_context_len // config.page_size),
         max_context_len=config.max_context_len,
         max_decode_steps=config.max_decode_steps,
     )
-    buckets = make_buckets(config.num_slots, config.max_step_tokens)
-    params = load_params(source.weights, source.config, decoder.specs, placement, show_progress=config.progress)
-    programs = compile_programs(model, buckets, show_progress=config.progress)
-    executor = Executor(model, buckets, programs, params)
-    scheduler = Scheduler(
+
+
+def _load_and_compile(
+    source: ModelSource,
+    model: StepModel,
+    buckets: tuple[Bucket, ...],
+    sizes: StreamSizes | None,
+    config: RuntimeConfig,
+) -> tuple[Params | StreamedParams, Programs]:
+    """Both at once, for neither needs the other; when one fails, the other stops at its next part."""
+    is_given_up = threading.Event()
+
+    def on_part() -> None:
+        if is_given_up.is_set():
+            raise CancelledError
+
+    def load() -> Params | StreamedParams:
+        if sizes is None:
+            specs = model.decoder.specs
+            return load_params(
+                source.weights, source.config, specs, model.placement, show_progress=config.progress, on_part=on_part
+            )
+        assert isinstance(source.weights, Store)
+        return open_stream(
+            source.weights,
+            model.decoder,
+            model.placement,
+            sizes,
+            in_host_memory=config.weights == "host",
+            show_progress=config.progress,
+            on_part=on_part,
+        )
+
+    with ThreadPoolExecutor(1, thread_name_prefix="millrace-load") as loader:
+        loading = loader.submit(load)
+
+        def before_each() -> None:
+            if loading.done():
+                loading.result()  # raises what went wrong
+
+        try:
+            streams = sizes is not None
+            programs = compile_programs(
+                model, buckets, streams=streams, show_progress=config.progress, before_each=before_each
+            )
+            return loading.result(), programs
+        except BaseException:
+            is_given_up.set()
+            raise
+
+
+def _scheduler(config: RuntimeConfig, placement: Placement, num_pages: int) -> Scheduler:
+    assert config.max_context_len and config.max_step_tokens and config.num_slots
+    return Scheduler(
         SchedulerConfig(
             num_shards=placement.num_shards,
             num_slots=config.num_slots,
-            num_pages=size.num_pages,
+            num_pages=num_pages,
             page_size=config.page_size,
             max_context_len=config.max_context_len,
             max_step_tokens=config.max_step_tokens,
@@ -80,13 +186,6 @@ def assemble(config: RuntimeConfig) -> Engine:
             prefix_caching=config.prefix_caching,
         )
     )
-    limits = RequestLimits(
-        vocab_size=source.config.vocab_size,
-        max_context_len=config.max_context_len,
-        eos_ids=source.eos_ids,
-        tokenizer=source.tokenizer,
-    )
-    return Engine(config=config, source=source, limits=limits, scheduler=scheduler, executor=executor)
 
 
 def keep_programs(directory: str | None) -> None:
@@ -112,8 +211,4 @@ def _platform(placement: Placement) -> Platform:
 
 def _device_bytes(decoder: AbstractDecoder, placement: Placement) -> int:
     """Bytes of weights on each device."""
-    specs = jax.tree.leaves(decoder.specs, is_leaf=lambda x: isinstance(x, ParamSpec))
-    return sum(
-        math.prod(placement.sharding(spec.axes).shard_shape(spec.shape)) * np.dtype(spec.dtype).itemsize
-        for spec in specs
-    )
+    return sum(map(placement.shard_bytes, flatten(decoder.specs)[0].values()))

@@ -18,6 +18,8 @@ class TokenEvent:
     scores: Scores | None  # arrays [len(tokens), ...], if the request asked for logprobs
     finish_reason: FinishReason | None
     stop_reason: int | str | None
+    weights_version: int = 0  # that computed the tokens
+    first_weights_version: int = 0  # that began the continuation
 
 
 class Continuation:
@@ -58,6 +60,8 @@ class Continuation:
             finish_reason=reason,
             stop_reason=stop_reason,
             seed=self._request.params.seed,
+            weights_version=event.weights_version,
+            first_weights_version=event.first_weights_version,
         )
 
     def _logprobs(self, tokens: Sequence[int], scores: Scores | None) -> list[dict[int, Logprob]] | None:

@@ -9,6 +9,8 @@ from ..errors import ConfigError
 from .spelling import shown
 
 DType = Literal["float32", "bfloat16", "float16"]
+WeightsPlace = Literal["resident", "stream", "host"]
+WeightsIo = Literal["auto", "cached", "direct"]
 _DTYPE_SPELLINGS: dict[str, DType] = {
     "float32": "float32", "fp32": "float32", "f32": "float32", "float": "float32",
     "bfloat16": "bfloat16", "bf16": "bfloat16",
@@ -16,7 +18,12 @@ _DTYPE_SPELLINGS: dict[str, DType] = {
 }  # fmt: skip
 DEFAULT_CONTEXT_LEN = 8192
 DEFAULT_STEP_TOKENS = 512
+DEFAULT_NUM_SLOTS = 32
+# A step that streams weights takes as long for few tokens as for many.
+STREAMED_STEP_TOKENS = 2048
+STREAMED_NUM_SLOTS = 64
 DEFAULT_CACHE_DIR = Path("~/.cache/millrace/programs")
+DEFAULT_STORE_CACHE_DIR = Path("~/.cache/millrace/stores")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,21 +40,29 @@ class RuntimeConfig:
     # Prompt and output, in tokens: the checkpoint's own, at most 8192, and at most what its rope was trained on where
     # a longer context changes the frequencies (dynamic, longrope).
     max_context_len: int | None = None
-    num_slots: int = 32  # sequences that run at once, on each data shard
+    num_slots: int | None = None  # sequences that run at once, on each data shard: 32, or 64 where weights are streamed
     page_size: int = 16  # tokens of a KV cache page
-    max_step_tokens: int | None = None  # query tokens of one step, on each data shard: 512, or twice num_slots if more
+    # Query tokens of one step, on each data shard: 512, or 2048 where weights are streamed; twice num_slots if more.
+    max_step_tokens: int | None = None
     kv_cache_bytes: int | None = None  # on each device: what num_slots full contexts need, within the free memory
     kv_cache_dtype: str | None = None  # as dtype
     mesh: tuple[tuple[str, int], ...] | None = None  # sizes of mesh axes: every axis 1
     seed: int | None = None  # of the seeds that requests without one draw: fresh every time
     prefix_caching: bool = True  # pages of equal beginnings are computed once
-    max_decode_steps: int = 8  # decode steps of one dispatch when nothing waits
+    max_decode_steps: int = 8  # decode steps of one dispatch when nothing waits; 1 where weights are streamed
+    # Where weights are while the runtime serves: "resident" on the devices; "stream": on disk, read layer by layer in
+    # every step; "host": in the host's memory, moved to devices that have their own.
+    weights: str = "resident"
+    weights_memory: int | None = None  # bytes of weights on each device where they are not resident: half of its memory
+    weights_io: str = "auto"  # read a store through the page cache ("cached"), past it ("direct"), or as suits ("auto")
+    store: bool = True  # convert a Hugging Face checkpoint into a store when it is first opened
+    store_cache_dir: str | None = None  # where such stores are kept: ~/.cache/millrace/stores
     compile_cache_dir: str | None = None  # compiled programs: ~/.cache/millrace/programs; "" keeps none
     kernels: tuple[tuple[str, str], ...] = ()  # (operation, implementation) pairs to force
     progress: bool = True  # bars on stderr for loading and compiling
 
     def __post_init__(self) -> None:
-        _check_text(self, "model", "revision", "compile_cache_dir")
+        _check_text(self, "model", "revision", "compile_cache_dir", "store_cache_dir", "weights", "weights_io")
         if not self.model:
             raise ConfigError('model must be "embedded", a directory or org/name; it is empty.')
         for name, low, high in _INTEGERS:
@@ -55,14 +70,19 @@ class RuntimeConfig:
             object.__setattr__(self, name, value)
         for name in ("dtype", "kv_cache_dtype"):
             object.__setattr__(self, name, _dtype(name, getattr(self, name)))
-        for name in ("prefix_caching", "progress"):
+        for name, choices in (("weights", get_args(WeightsPlace)), ("weights_io", get_args(WeightsIo))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(getattr(self, name))}.")
+        if self.weights == "resident" and self.weights_memory is not None:
+            raise ConfigError("weights_memory goes with weights=stream or weights=host; resident ones are all there.")
+        for name in ("prefix_caching", "progress", "store"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {shown(getattr(self, name))}.")
         object.__setattr__(self, "mesh", None if self.mesh is None else _pairs("mesh", self.mesh, int))
         for axis, size in self.mesh or ():
             _integer(f"mesh axis {axis}", size, 1, _MAX_MESH_SIZE, optional=False)
         object.__setattr__(self, "kernels", _pairs("kernels", self.kernels, str))
-        if self.max_step_tokens is not None and self.max_step_tokens <= self.num_slots:
+        if self.max_step_tokens is not None and self.num_slots is not None and self.max_step_tokens <= self.num_slots:
             raise ConfigError(
                 f"max_step_tokens ({self.max_step_tokens}) must be more than num_slots ({self.num_slots}), so that a "
                 "step holds a token of every sequence and some of a prompt. Raise max_step_tokens or lower num_slots."
@@ -79,11 +99,12 @@ _INTEGERS = (
     ("page_size", 1, 1024),
     ("max_step_tokens", 2, 2**20),
     ("kv_cache_bytes", 1, 2**50),
+    ("weights_memory", 1, 2**50),
     ("max_decode_steps", 1, 256),
     ("seed", 0, 2**64 - 1),
 )
 _MAX_MESH_SIZE = 2**20
-_OPTIONAL = ("max_context_len", "max_step_tokens", "kv_cache_bytes", "seed")
+_OPTIONAL = ("max_context_len", "num_slots", "max_step_tokens", "kv_cache_bytes", "weights_memory", "seed")
 
 
 def _check_text(config: RuntimeConfig, *names: str) -> None:
@@ -91,7 +112,7 @@ def _check_text(config: RuntimeConfig, *names: str) -> None:
         value = getattr(config, name)
         if isinstance(value, Path) and name != "revision":
             object.__setattr__(config, name, str(value))
-        elif not isinstance(value, str) and not (value is None and name != "model"):
+        elif not isinstance(value, str) and not (value is None and name not in ("model", "weights", "weights_io")):
             raise ConfigError(f"{name} must be a string, got {shown(value)}.")
 
 

@@ -1,18 +1,26 @@
 """Owns what is on the devices: parameters, KV cache, slot state, programs. Runs plans; never waits for a result."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
+from ..errors import StepError
 from ..models.decoder import Params
+from ..sharding.rules import Placement
+from ..sharding.specs import ParamSpec
 from .batching import Batcher
 from .buckets import Bucket, pick
 from .logprobs import Scores
+from .param_tree import flatten
 from .plan import StepPlan
-from .programs import Programs, StepModel, StepOutputs
+from .programs import Programs, StepInterrupted
 from .sequence import Sequence
 from .slot_state import SlotState, slot_row
+from .steps import StepModel, StepOutputs
+from .store import Store
+from .weight_streaming import StreamedParams
 
 
 class StepResult:
@@ -47,7 +55,9 @@ class StepResult:
 class Executor:
     """The device side of the step loop, called by one thread."""
 
-    def __init__(self, model: StepModel, buckets: tuple[Bucket, ...], programs: Programs, params: Params) -> None:
+    def __init__(
+        self, model: StepModel, buckets: tuple[Bucket, ...], programs: Programs, params: Params | StreamedParams
+    ) -> None:
         self._model = model
         self.buckets = buckets
         self._programs = programs
@@ -58,11 +68,17 @@ class Executor:
         self._everywhere = model.placement.sharding(())
         self._is_one_device = model.placement.mesh.size == 1
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether `run` returns long before the device is done; with streamed weights it takes all the step."""
+        return not isinstance(self._params, StreamedParams)
+
     def run(self, plan: StepPlan) -> StepResult:
         """Dispatch a step; the device works on it after those dispatched before.
 
         Raises:
           ProgramError: the step has a shape for which nothing was compiled.
+          StepError: weights could not be read; what the step's sequences have in the cache means nothing.
         """
         for sequence in plan.admitted:
             self._install(sequence)
@@ -72,8 +88,56 @@ class Executor:
         flags: Any = control.flags
         if not self._is_one_device:  # numpy goes to one device first, unless told where
             packed, flags = jax.device_put((packed, flags), (self._per_shard, self._everywhere))
-        self._state, outputs = self._programs.steps[bucket](self._params, self._state, packed, flags)
+        step: Any = self._programs.steps[bucket]
+        try:
+            self._state, outputs = step(self._params, self._state, packed, flags)
+        except StepInterrupted as error:
+            self._state = error.state
+            raise StepError(str(error)) from error
         return StepResult(outputs)
+
+    # ---- live weights, between two steps
+
+    @property
+    def specs(self) -> dict[str, ParamSpec]:
+        """Every parameter by its path."""
+        return flatten(self._model.decoder.specs)[0]
+
+    @property
+    def placement(self) -> Placement:
+        """Where parameters lie."""
+        return self._model.placement
+
+    @property
+    def params(self) -> Params | None:
+        """The parameters; None where they are streamed."""
+        return None if isinstance(self._params, StreamedParams) else self._params
+
+    def update(self, leaves: Iterable[tuple[str, jax.Array]]) -> None:
+        """Replace resident parameters by their paths, one after the other: each new one is pulled once the one
+        before it has taken its place.
+        """
+        assert not isinstance(self._params, StreamedParams)
+        for path, array in leaves:
+            *parents, name = path.split("/")
+            node = self._params
+            for key in parents:
+                node = node[key]
+            node[name] = array
+
+    def stream_from(self, store: Store) -> None:
+        """Take streamed weights from another store of the same model from the next step on.
+
+        Raises:
+          CheckpointError: what stays in memory cannot be read; the former weights remain.
+        """
+        assert isinstance(self._params, StreamedParams)
+        self._params = self._params.switched(store)
+
+    def close(self) -> None:
+        """End what reads weights."""
+        if isinstance(self._params, StreamedParams):
+            self._params.stream.close()
 
     def _install(self, sequence: Sequence) -> None:
         self.batcher.admit(sequence)

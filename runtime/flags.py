@@ -85,6 +85,11 @@ RUNTIME = Group(
         Option("mesh", "text", "axis sizes, as in data=2,tensor=4"),
         Option("prefix_caching", "switch", "share the pages of equal prefixes"),
         Option("max_decode_steps", "text", "most decode steps per dispatch"),
+        Option("weights", "text", "where weights are: resident, stream (from disk in every step) or host"),
+        Option("weights_memory", "text", "bytes of weights on each device, for stream and host"),
+        Option("weights_io", "text", "how a store is read: cached, direct (past the page cache) or auto"),
+        Option("store", "switch", "convert a Hugging Face checkpoint into a store when it is first opened"),
+        Option("store_cache_dir", "text", "where such stores are kept"),
         Option("compile_cache_dir", "text", "where compiled programs are kept; an empty value turns that off"),
         Option("kernels", "text", "implementations by operation, as in paged_attention=reference"),
         Option("progress", "switch", "progress bars on stderr; on by default where stderr is a terminal"),
@@ -117,25 +122,52 @@ SAMPLING = Group(
         Option("bad_words", "texts", "a text that must not be written; may be repeated"),
         Option("skip_special_tokens", "switch", "leave special tokens out of the text"),
         Option("detokenize", "switch", "make text of the tokens"),
+        Option(
+            "on_weights_update",
+            "text",
+            "new weights wait until the request has ended (drain), or serve its next step",
+            choices=("drain", "immediate"),
+        ),
     ),
 )
 
 
-def parse(groups: Sequence[Group], argv: Sequence[str], command: str) -> dict[str, Any]:
-    """The value of every option of `groups`; ConfigError names a flag that is unknown or has a wrong value."""
+def parse(
+    groups: Sequence[Group], argv: Sequence[str], command: str, positionals: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The value of every option of `groups`; ConfigError names a flag that is unknown or has a wrong value.
+
+    `positionals` are options that may be given by their place; the last takes all that remain if its kind is "texts".
+    """
     values = flags.FlagValues()  # type: ignore[no-untyped-call]
     for group in groups:
         for option in group.options:
             _define(option, values)
     try:
-        rest = values([command, *argv])[1:]
+        rest = values([command, *(_as_absl_negates(argument, groups) for argument in argv)])[1:]
     except flags.UnrecognizedFlagError as error:
         raise ConfigError(f"unknown flag --{error.flagname}: {nearest(error.flagname, values, prefix='--')}") from None
     except flags.Error as error:
         raise ConfigError(str(error).split("\n")[0]) from None
+    options = {option.name: option for group in groups for option in group.options}
+    chosen = {name: values[name].value for name in options}
+    for name in positionals:
+        if rest and chosen[name] != options[name].default:
+            raise ConfigError(f"--{name} is given twice: as a flag, and by its place as {rest[0]!r}")
+        if rest and options[name].kind == "texts":
+            chosen[name], rest = rest, []
+        elif rest:
+            chosen[name], *rest = rest
     if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}: every input is a flag, as in --prompt={rest[0]!r}")
-    return {option.name: values[option.name].value for group in groups for option in group.options}
+        raise ConfigError(f"unexpected argument {rest[0]!r}: every other input is a flag, as in --prompt={rest[0]!r}")
+    return chosen
+
+
+def _as_absl_negates(argument: str, groups: Sequence[Group]) -> str:
+    """`--no-store` as `--nostore`, for every switch."""
+    name = argument.removeprefix("--no-")
+    switches = {option.name for group in groups for option in group.options if option.kind == "switch"}
+    return f"--no{name}" if argument != name and name in switches else argument
 
 
 def _define(option: Option, values: flags.FlagValues) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .checkpoint import CONFIG_FILE, GENERATION_FILE, INDEX_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_weight_map
-from .store import MANIFEST_FILE, PARAMS_FOLDER
+from .json_files import read_object
+from .store_format import MANIFEST_FILE, PARAMS_FOLDER
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _SMALL_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, MANIFEST_FILE, *TOKENIZER_FILES)
@@ -48,7 +49,8 @@ def download(
 def _weight_patterns(snapshot: Path) -> tuple[str, ...]:
     """The files that hold the weights, by what the small files say."""
     if (snapshot / MANIFEST_FILE).exists():
-        return (f"{PARAMS_FOLDER}/*",)
+        files = read_object(snapshot / MANIFEST_FILE).get("files")
+        return (f"{PARAMS_FOLDER}/*", *(files if isinstance(files, dict) else ()))
     if (snapshot / INDEX_FILE).exists():
         return tuple(sorted(set(read_weight_map(snapshot.resolve()).values())))
     return (WEIGHTS_FILE,)

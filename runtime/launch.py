@@ -59,11 +59,13 @@ def _run(arguments: list[str], open_runtime: OpenRuntime) -> int:
     if name not in COMMANDS:
         return _say(f"unknown command {name!r}: {nearest(name, COMMANDS)}", 2)
     module = COMMANDS[name].load()
+    places: Sequence[str] = getattr(module, "POSITIONALS", ())
     if any(argument in HELP[:3] for argument in rest):
-        print(f"usage: millrace {name} [--flags]\n\n{(module.__doc__ or '').strip()}\n{describe(module.GROUPS)}")
+        usage = " ".join(["usage: millrace", name, *map(str.upper, places), "[--flags]"])
+        print(f"{usage}\n\n{(module.__doc__ or '').strip()}\n{describe(module.GROUPS)}")
         return 0
     try:
-        values = parse(module.GROUPS, rest, f"millrace {name}")
+        values = parse(module.GROUPS, rest, f"millrace {name}", places)
     except ConfigError as error:
         return _say(f"{error} (millrace {name} --help lists the flags)", 2)
     _log_at(values["log_level"])
@@ -72,7 +74,7 @@ def _run(arguments: list[str], open_runtime: OpenRuntime) -> int:
 
 def _overview() -> str:
     def line(command: Command) -> str:
-        return f"  {command.name:<10}{command.summary}"
+        return f"  {command.name:<14}{command.summary}"
 
     commands = "\n".join(line(command) for command in COMMANDS.values())
     return f"usage: millrace COMMAND [--flags]\n\n{commands}\n\nmillrace COMMAND --help lists a command's flags."

@@ -1,16 +1,22 @@
 """The step loop: plan, run, commit, with commit one step behind, so that the host plans while the device computes."""
 
+import contextlib
+import dataclasses
 import threading
+from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Items
+from concurrent.futures import Future, InvalidStateError
 
 import numpy as np
 
-from ..errors import MillraceError, RuntimeClosedError
+from ..errors import MillraceError, RuntimeClosedError, StepError
 from .completion import TokenEvent
 from .executor import Executor, StepResult
 from .handle import RequestHandle
 from .logprobs import Scores
 from .plan import Progress, StepPlan
+from .sampling_params import OnWeightsUpdate
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
 
@@ -18,6 +24,19 @@ _NO_TOKEN = (
     "the model's logits hold NaN or infinity, or its options leave no token; use dtype=float32 if the checkpoint "
     "overflows its dtype"
 )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Update:
+    """New weights that wait for their turn."""
+
+    swap: Callable[[], None]
+    running: OnWeightsUpdate  # what happens to requests that do not say it themselves
+    version: Future[int]
+
+    def waits_for(self, sequence: Sequence) -> bool:
+        """Whether a sequence that has started must end first."""
+        return (sequence.request.params.on_weights_update or self.running) == "drain"
 
 
 class StepLoop:
@@ -28,6 +47,7 @@ class StepLoop:
         self._executor = executor
         self._inbox: list[RequestHandle] = []
         self._cancelled: list[RequestHandle] = []
+        self._updates: deque[_Update] = deque()
         self._changed = threading.Condition()
         self._is_closing = False
         self._error: BaseException | None = None
@@ -44,10 +64,7 @@ class StepLoop:
           RuntimeClosedError: the loop has ended.
         """
         with self._changed:
-            if self._error is not None:
-                raise RuntimeClosedError(f"the step loop died of {self._error!r}; open a new Runtime") from self._error
-            if self._is_closing:
-                raise RuntimeClosedError("the runtime is closed; open a new one")
+            self.check_open()
             self._inbox += handles
             self._changed.notify()
 
@@ -57,6 +74,33 @@ class StepLoop:
             self._cancelled.append(handle)
             self._changed.notify()
 
+    def update_weights(self, swap: Callable[[], None], running: OnWeightsUpdate) -> "Future[int]":
+        """Queue new weights: `swap` is called between two steps, once what must end on the old weights has ended.
+
+        Until then no request starts. An error of the tree that `swap` raises says that the old weights stand; any
+        other ends the loop. The future brings the new version; cancelling it withdraws what has not begun.
+
+        Raises:
+          RuntimeClosedError: the loop has ended; the future brings it if that happens later.
+        """
+        with self._changed:
+            self.check_open()
+            update = _Update(swap, running, Future())
+            self._updates.append(update)
+            self._changed.notify()
+        return update.version
+
+    @property
+    def weights_version(self) -> int:
+        """How many times the weights were updated."""
+        return self._scheduler.weights_version
+
+    def check_open(self) -> None:
+        """Raises RuntimeClosedError if the loop has ended."""
+        with self._changed:
+            if self._error is not None or self._is_closing:
+                raise self._ended() from self._error
+
     def close(self) -> None:
         """Abort what is running and end the thread."""
         with self._changed:
@@ -65,9 +109,15 @@ class StepLoop:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _ended(self) -> RuntimeClosedError:
+        if self._error is not None:
+            return RuntimeClosedError(f"the step loop died of {self._error!r}; open a new Runtime")
+        return RuntimeClosedError("the runtime is closed; open a new one")
+
     def _run(self) -> None:
         try:
             while self._take_inbox():
+                self._swap_weights()
                 self._step()
             self._abort(list(self._sequences))
         except BaseException as error:  # every waiting reader must learn of it, whatever it is
@@ -76,11 +126,14 @@ class StepLoop:
                 waiting = [*self._inbox, *self._sequences]
             for handle in waiting:
                 handle.fail(error)
+        for update in self._updates:
+            with contextlib.suppress(InvalidStateError):  # withdrawn
+                update.version.set_exception(self._ended())
 
     def _take_inbox(self) -> bool:
         """Wait for work, take what arrived; False when closing."""
         with self._changed:
-            self._changed.wait_for(lambda: self._inbox or self._cancelled or self._is_closing or self._has_work())
+            self._changed.wait_for(self._has_news)
             arrived, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
             is_closing = self._is_closing
@@ -92,19 +145,60 @@ class StepLoop:
         self._abort(cancelled)
         return not is_closing
 
-    def _has_work(self) -> bool:
-        return bool(self._sequences) or self._in_flight is not None
+    def _has_news(self) -> bool:
+        is_busy = self._sequences or self._in_flight is not None
+        return bool(is_busy or self._inbox or self._cancelled or self._updates or self._is_closing)
+
+    def _swap_weights(self) -> None:
+        """Take the new weights whose turn has come; while some wait, no request starts."""
+        while self._updates:
+            update = self._updates[0]
+            if not update.version.cancelled() and any(map(update.waits_for, self._scheduler.started())):
+                break
+            self._commit_in_flight()  # with the version that computed it; and the device lets go of the old weights
+            if update.version.set_running_or_notify_cancel():
+                try:
+                    update.swap()
+                except MillraceError as error:
+                    update.version.set_exception(error)
+                else:
+                    self._scheduler.weights_version += 1
+                    update.version.set_result(self._scheduler.weights_version)
+            self._updates.popleft()
+        self._scheduler.starts_requests = not self._updates
 
     def _step(self) -> None:
         plan = self._scheduler.plan()
-        result = self._executor.run(plan) if plan is not None else None
-        if self._in_flight is not None:
-            self._commit(*self._in_flight)
-        self._in_flight = (plan, result) if plan is not None and result is not None else None
+        result, failure = None, None
+        if plan is not None:
+            try:
+                result = self._executor.run(plan)
+            except StepError as error:
+                failure = error
+        self._commit_in_flight()
+        if plan is not None and failure is not None:
+            self._fail(plan, failure)
+        if plan is not None and result is not None:
+            self._in_flight = plan, result
+            if not self._executor.overlaps:  # all of the step is behind us: nothing is gained by planning ahead
+                self._commit_in_flight()
 
-    def _commit(self, plan: StepPlan, result: StepResult) -> None:
+    def _commit_in_flight(self) -> None:
+        if self._in_flight is None:
+            return
+        plan, result = self._in_flight
         for progress in self._scheduler.commit(plan, result.tokens()):
             self._deliver(progress, result)
+        self._in_flight = None
+
+    def _fail(self, plan: StepPlan, error: StepError) -> None:
+        """End every request that a step touched which was not computed."""
+        for shard in plan.shards:
+            for sequence in (*shard.decoding, *(chunk.sequence for chunk in shard.chunks)):
+                handle = self._handles.get(sequence)
+                if handle is not None:
+                    handle.fail(error)
+                    self._drop(handle)
 
     def _deliver(self, progress: Progress, result: StepResult) -> None:
         sequence = progress.sequence
@@ -123,15 +217,8 @@ class StepLoop:
         handle.num_preemptions = sequence.num_preemptions
         if not progress.tokens:
             return
-        event = TokenEvent(
-            index=sequence.index,
-            tokens=progress.tokens,
-            scores=scores,
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-        )
         try:
-            stop = handle.push(event)
+            stop = handle.push(_event(sequence, progress.tokens, scores))
         except Exception as error:  # its text cannot be made: no business of its neighbours
             handle.fail(error)
             self._drop(handle)
@@ -158,9 +245,7 @@ class StepLoop:
     def _abort(self, handles: Items[RequestHandle]) -> None:
         for handle in handles:
             for sequence in self._drop(handle):
-                handle.push(
-                    TokenEvent(index=sequence.index, tokens=(), scores=None, finish_reason="abort", stop_reason=None)
-                )
+                handle.push(_event(sequence, (), None))
 
     def _drop(self, handle: RequestHandle) -> list[Sequence]:
         """Forget a request; returns its sequences that had not ended, which the scheduler ends."""
@@ -168,6 +253,18 @@ class StepLoop:
         for sequence in dropped:
             self._scheduler.finish(sequence, "abort")
         return dropped
+
+
+def _event(sequence: Sequence, tokens: tuple[int, ...], scores: Scores | None) -> TokenEvent:
+    return TokenEvent(
+        index=sequence.index,
+        tokens=tokens,
+        scores=scores,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        weights_version=sequence.weights_version,
+        first_weights_version=sequence.first_weights_version,
+    )
 
 
 def _rows(scores: Scores, progress: Progress) -> Scores:

@@ -1,4 +1,4 @@
-"""From the name of a model to what can be opened: the embedded store, a directory, or a repository of the hub."""
+"""From the name of a model to what can be opened: the embedded store, a directory, a URL, a repository of the hub."""
 
 import dataclasses
 from pathlib import Path
@@ -13,6 +13,7 @@ from .generation_defaults import default_sampling_params, eos_token_ids
 from .sampling_params import SamplingParams
 from .slot_state import MAX_STOP_IDS
 from .store import Store, is_store, open_store
+from .store_root import is_url
 from .tokenizer import Tokenizer, load_tokenizer
 
 EMBEDDED_STORE = Path(__file__).parent.parent / "models" / "embedded" / "store"
@@ -35,29 +36,41 @@ def open_model(model: str, revision: str | None) -> ModelSource:
     Raises:
       CheckpointError: nothing is there, or it cannot be trusted or understood.
     """
-    weights = _open(model, revision)
+    weights = open_weights(model, revision)
+    config = config_from_hf(dict(weights.config))
+    if isinstance(weights, Store):
+        config = dataclasses.replace(config, dtype=weights.dtype)  # it may be converted to another than config.json's
     tokenizer = load_tokenizer(weights.path)
     eos_ids = eos_token_ids(weights.generation_config, weights.config, tokenizer.eos_id if tokenizer else None)
     if len(eos_ids) > MAX_STOP_IDS // 2:
         raise CheckpointError(f"{weights.path}: expected at most {MAX_STOP_IDS // 2} eos_token_id; got {len(eos_ids)}.")
     return ModelSource(
         weights=weights,
-        config=config_from_hf(dict(weights.config)),
+        config=config,
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         default_sampling_params=default_sampling_params(weights.generation_config),
     )
 
 
-def _open(model: str, revision: str | None) -> Checkpoint | Store:
+def open_weights(model: str, revision: str | None) -> Checkpoint | Store:
+    """What a model's name stands for, its configs and headers checked.
+
+    Raises:
+      CheckpointError: see open_model.
+    """
+    if revision is not None and is_url(model):
+        raise CheckpointError(f"revision={revision!r} goes with org/name; {model!r} is a store. Leave it out.")
+    if is_url(model):
+        return open_store(model)
     if model == "embedded":
         path = EMBEDDED_STORE
     elif Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         path = Path(model).expanduser()
         if not path.is_dir():
             raise CheckpointError(
-                f'model {model!r} is not a directory, "embedded", or a repository org/name. Give the directory that '
-                "holds config.json."
+                f'model {model!r} is not a directory, "embedded", a repository org/name, or the URL of a store. Give '
+                "the directory that holds config.json."
             )
         if revision is not None:
             raise CheckpointError(f"revision={revision!r} goes with org/name; {model!r} is a directory. Leave it out.")

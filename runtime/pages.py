@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-ROOT_DIGEST = b""
+_DIGEST_BYTES = 16
+
+
+def root_digest(weights_version: int) -> bytes:
+    """What stands before the first page: a page computed with one version of the weights is never found by another."""
+    return weights_version.to_bytes(_DIGEST_BYTES, "little")
 
 
 def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The identity of a full page: its own tokens and, through `parent`, all tokens before them."""
-    return hashlib.blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=_DIGEST_BYTES).digest()
 
 
 class PagePool:

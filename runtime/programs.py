@@ -1,30 +1,43 @@
-"""The compiled programs: exactly one per bucket, made before the first request; nothing compiles after start."""
+"""The compiled programs, made before the first request from the functions of `steps`; nothing compiles after start.
+
+Resident weights: exactly one program per bucket. Streamed weights: three per bucket, embed, layer (one for each kind
+of layer) and head, which `StreamedStep` runs one after the other.
+"""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.stages import Compiled
-from jaxtyping import Array, Int
+from jaxtyping import Array
 from tqdm import tqdm
 
-from ..models.batch import StepBatch
-from ..models.decoder import AbstractDecoder, Decoder, Params
-from ..models.kv_cache import CACHE_AXES, PagedAttend
-from ..models.step import Step, rope_tables
-from ..pallas_kernels.dispatch import KernelChoices
+from ..errors import CheckpointError
+from ..models.kv_cache import CACHE_AXES
 from ..sharding.axes import Axes
 from ..sharding.rules import Placement
-from ..sharding.specs import ParamSpec
+from ..sharding.specs import ParamSpec, SpecTree
 from . import slot_state
-from .batching import FROM_SLOT, NUM_FLAGS, Layout, unpack
+from .batching import NUM_FLAGS, Layout
 from .buckets import Bucket
-from .logprobs import Scores, no_scores, prompt_logprobs
-from .sampling import Sampled, SamplingRows, Wants, sample
+from .logprobs import Scores
+from .sampling import Sampled
 from .slot_state import SlotState, empty_slots
+from .steps import (
+    DeviceState,
+    StepModel,
+    StepOutputs,
+    decode_steps,
+    embed_step,
+    head_step,
+    layer_step,
+    mixed_step,
+)
+from .weight_streaming import StreamedParams
 
 _SLOT_AXES: dict[str, Axes] = {
     "last_tokens": ("shard", "slots"),
@@ -35,151 +48,102 @@ _SLOT_AXES: dict[str, Axes] = {
     "stop_ids": ("shard", "slots", None),
 }
 
-
-class DeviceState(NamedTuple):
-    """What stays on the device from step to step, donated to every program."""
-
-    cache: Array  # [R, L, P, 2, K, Z, H]
-    slots: SlotState  # [R, S, ...]
-
-
-class StepOutputs(NamedTuple):
-    """What a step gives back: per decode step and row, and per prompt token if any row asked."""
-
-    sampled: Sampled  # arrays [num_steps, R, B, ...]
-    prompt: Scores | None  # arrays [R, T, ...]; None in decode buckets
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepModel:
-    """Everything a step program is a function of, apart from its arguments."""
-
-    decoder: AbstractDecoder
-    placement: Placement
-    kernels: KernelChoices
-    cache: ParamSpec
-    num_slots: int  # S, of each data shard
-    pages_per_slot: int
-    max_context_len: int
-    max_decode_steps: int
-
-    def forward(
-        self, model: Decoder, batch: StepBatch, cache: Array, is_decode: bool
-    ) -> tuple[Array, Array, Step]:  # [R, T, D], the cache, and the step for the head
-        """Embed and all layers."""
-        step = Step(
-            placement=self.placement,
-            kernels=self.kernels,
-            attend=PagedAttend(batch, self.placement, self.kernels, one_query_per_slot=is_decode),
-            ropes=rope_tables(self.decoder.config, batch.positions, self.max_context_len),
-        )
-        x, new_cache = model.run_layers(model.embed_tokens(batch.tokens, step), cache, step)
-        assert new_cache is not None
-        return x, new_cache, step
-
-
-def _input_tokens(batch: StepBatch, slots: SlotState, row_slots: Int[Array, "R B"]) -> Int[Array, "R T"]:
-    """The step's tokens, FROM_SLOT ones taken from their slots."""
-
-    def one_shard(tokens: Array, rows: Array, row_slots: Array, last: Array) -> Array:
-        by_row = slot_state.rows_of(last, row_slots)
-        return jnp.where(tokens == FROM_SLOT, slot_state.rows_of(by_row, rows), tokens)
-
-    return jax.vmap(one_shard)(batch.tokens, batch.rows, row_slots, slots.last_tokens)
-
-
-@jax.jit  # programs with as many rows share its trace
-def _sample_and_record(
-    logits: Array, slots: SlotState, rows: SamplingRows, positions: Array, active: Array, wants: Wants
-) -> tuple[Sampled, SlotState]:
-    """Sample each row's token at `positions` [R, B] and remember those of the active rows."""
-    sampled = jax.vmap(sample, in_axes=(0, 0, 0, 0, None))(logits, slots, rows, positions, wants)
-    return sampled, jax.vmap(slot_state.record)(slots, rows.slots, sampled.tokens, active)
-
-
-def mixed_step(
-    model: StepModel, layout: Layout, params: Params, state: DeviceState, packed: Array, flags: Array
-) -> tuple[DeviceState, StepOutputs]:
-    """One step in which rows may have any number of queries."""
-    inputs = unpack(layout, packed, flags)
-    decoder = model.decoder.bind(params)
-    tokens = _input_tokens(inputs.batch, state.slots, inputs.sampling.slots)
-    x, cache, step = model.forward(decoder, inputs.batch._replace(tokens=tokens), state.cache, is_decode=False)
-    last = jnp.maximum(inputs.batch.cu_query_lens[:, 1:] - 1, 0)
-    rows = model.placement.constrain(jax.vmap(slot_state.rows_of)(x, last), "shard", "slots", "embed")
-    logits = model.placement.constrain(decoder.logits(rows, step), "shard", "slots", "vocab")
-    sampled, slots = _sample_and_record(
-        logits, state.slots, inputs.sampling, inputs.batch.kv_lens, inputs.budgets > 0, inputs.wants
-    )
-    scored = jax.vmap(prompt_logprobs, in_axes=(0, None, 0, None))
-    prompt = scored(x, lambda block: decoder.logits(block, step), inputs.targets, inputs.any_prompt_logprobs)
-    return DeviceState(cache, slots), StepOutputs(jax.tree.map(lambda a: a[None], sampled), prompt)
-
-
-def decode_steps(
-    model: StepModel, layout: Layout, params: Params, state: DeviceState, packed: Array, flags: Array
-) -> tuple[DeviceState, StepOutputs]:
-    """`num_steps` steps of one query per row, each feeding the token that the one before sampled.
-
-    A row is active until its budget is spent or it samples one of its stop ids; the steps end when no row is active.
-    """
-    inputs = unpack(layout, packed, flags)
-    decoder = model.decoder.bind(params)
-    num_rows = layout.bucket.num_rows
-
-    def one(i: Array, state: DeviceState, stopped: Array) -> tuple[DeviceState, Array, Sampled]:
-        active = (i < inputs.budgets) & ~stopped
-        batch = inputs.batch._replace(
-            tokens=_input_tokens(inputs.batch, state.slots, inputs.sampling.slots),
-            positions=inputs.batch.positions + i,
-            rows=jnp.where(active, inputs.batch.rows, num_rows),
-            kv_lens=jnp.where(active, inputs.batch.kv_lens + i, 0),
-        )
-        x, cache, step = model.forward(decoder, batch, state.cache, is_decode=True)
-        logits = model.placement.constrain(decoder.logits(x, step), "shard", "slots", "vocab")
-        sampled, slots = _sample_and_record(
-            logits, state.slots, inputs.sampling, batch.positions + 1, active, inputs.wants
-        )
-        stop_ids = jax.vmap(slot_state.rows_of)(slots.stop_ids, inputs.sampling.slots)
-        stopped |= jnp.any(stop_ids == sampled.tokens[..., None], axis=-1)
-        return DeviceState(cache, slots), stopped, sampled
-
-    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, state, stopped, outputs = carry
-        state, stopped, sampled = one(i, state, stopped)
-        outputs = jax.tree.map(lambda all, new: all.at[i].set(new), outputs, sampled)
-        return i + 1, state, stopped, outputs
-
-    def goes_on(carry: tuple[Any, ...]) -> Array:
-        i, _, stopped, _ = carry
-        unfinished: Array = (i < inputs.num_steps) & jnp.any((i < inputs.budgets) & ~stopped)
-        return unfinished
-
-    shape = (model.max_decode_steps, *inputs.budgets.shape)
-    one_row = jax.eval_shape(lambda: Sampled(jnp.zeros(1, jnp.int32), *no_scores(1)))
-    outputs = jax.tree.map(lambda a: jnp.zeros((*shape, *a.shape[1:]), a.dtype), one_row)
-    stopped = jnp.zeros(inputs.budgets.shape, bool)
-    _, state, _, outputs = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state, stopped, outputs))
-    return state, StepOutputs(outputs, None)
+# (params, state, packed, flags) -> (state, outputs); the state is donated
+type StepProgram = Callable[[Any, DeviceState, Any, Any], tuple[DeviceState, StepOutputs]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
     """All that a runtime ever runs on its devices."""
 
-    steps: dict[Bucket, Compiled]  # (params, state, packed, flags) -> (state, outputs); the state is donated
+    steps: dict[Bucket, Compiled] | dict[Bucket, "StreamedStep"]
     install: Compiled  # (state, slot of each shard [R], SlotState of one slot) -> state; the state is donated
     initial_state: Compiled  # () -> state
+
+
+class StepInterrupted(Exception):
+    """A step that stopped between two layers; `state` is what it left, in which its own rows mean nothing."""
+
+    def __init__(self, reason: str, state: DeviceState) -> None:
+        super().__init__(reason)
+        self.state = state
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamedStep:
+    """One step, layer by layer, each as soon as its weights are there; called as the program of a whole step is."""
+
+    embed: Compiled
+    layers: tuple[Compiled, ...]  # of each of the model's layers; layers of one kind share theirs
+    head: Compiled
+    layer_numbers: tuple[Array, ...]
+    control_shardings: tuple[Any, Any]  # of packed and flags
+
+    def __call__(
+        self, params: StreamedParams, state: DeviceState, packed: Any, flags: Any
+    ) -> tuple[DeviceState, StepOutputs]:
+        """Raises StepInterrupted if the weights of a layer cannot be read."""
+        control = jax.device_put((packed, flags), self.control_shardings)
+        cache, slots = state
+        x = self.embed(params.top, slots, control)
+        for number, layer in enumerate(self.layers):
+            try:
+                weights = params.stream.take(number)
+            except CheckpointError as error:
+                reason = f"the weights of layer {number} could not be read: {error}"
+                raise StepInterrupted(reason, DeviceState(cache, slots)) from error
+            x, cache = layer(weights, x, cache, self.layer_numbers[number], control)
+            params.stream.give_back(number, after=x)
+        slots, outputs = self.head(params.top, slots, x, control)
+        return DeviceState(cache, slots), outputs
+
+
+def compile_programs(
+    model: StepModel,
+    buckets: tuple[Bucket, ...],
+    *,
+    streams: bool = False,
+    show_progress: bool,
+    before_each: Callable[[], object] = lambda: None,
+) -> Programs:
+    """Lower and compile every program of a runtime, from shapes alone: no weight need exist.
+
+    `before_each` is called before each program, and may raise to stop.
+    """
+    state = _abstract_state(model)
+    jobs: dict[Any, Callable[[], Any]] = {
+        bucket: functools.partial(_compile_streamed if streams else _compile_step, model, bucket, state)
+        for bucket in buckets
+    }
+    jobs["install"] = functools.partial(_compile_install, model, state)
+    jobs["initial state"] = functools.partial(_compile_initial_state, model)
+    made = {}
+    bar = tqdm(total=len(jobs), desc="compiling", unit="program", delay=1, disable=not show_progress)
+    with bar:
+        for name, compile_one in jobs.items():
+            before_each()
+            bar.set_postfix_str(str(name))
+            made[name] = compile_one()
+            bar.update()
+    install, initial_state = made.pop("install"), made.pop("initial state")
+    return Programs(steps=made, install=install, initial_state=initial_state)
+
+
+# ---- shapes and shardings
 
 
 def _abstract(spec: ParamSpec, placement: Placement) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=placement.sharding(spec.axes))
 
 
+def _abstract_tree(specs: SpecTree, placement: Placement) -> Any:
+    is_spec = lambda x: isinstance(x, ParamSpec)  # noqa: E731
+    return jax.tree.map(lambda s: _abstract(s, placement), specs, is_leaf=is_spec)
+
+
 def abstract_params(model: StepModel) -> Any:
     """The parameters as shapes with shardings."""
-    is_spec = lambda x: isinstance(x, ParamSpec)  # noqa: E731
-    return jax.tree.map(lambda s: _abstract(s, model.placement), model.decoder.specs, is_leaf=is_spec)
+    return _abstract_tree(model.decoder.specs, model.placement)
 
 
 def _make_state(model: StepModel) -> DeviceState:
@@ -195,33 +159,19 @@ def _state_shardings(placement: Placement) -> DeviceState:
     return DeviceState(cache, SlotState(**slots))
 
 
-def compile_programs(model: StepModel, buckets: tuple[Bucket, ...], *, show_progress: bool) -> Programs:
-    """Lower and compile every program of a runtime, from shapes alone: no weight need exist."""
-    shardings = _state_shardings(model.placement)
-    shapes = jax.eval_shape(lambda: _make_state(model))
-    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings)
-    steps = {}
-    with tqdm(total=len(buckets) + 2, desc="compiling", unit="program", delay=1, disable=not show_progress) as bar:
-        for bucket in buckets:
-            bar.set_postfix_str(str(bucket))
-            steps[bucket] = _compile_step(model, bucket, state)
-            bar.update()
-        install = _compile_install(model, state)
-        bar.update()
-        initial_state = jax.jit(lambda: _make_state(model), out_shardings=shardings).lower().compile()
-        bar.update()
-    return Programs(steps=steps, install=install, initial_state=initial_state)
+def _abstract_state(model: StepModel) -> DeviceState:
+    shapes, shardings = jax.eval_shape(lambda: _make_state(model)), _state_shardings(model.placement)
+    abstract: DeviceState = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, shardings
+    )
+    return abstract
 
 
-def _compile_step(model: StepModel, bucket: Bucket, state: DeviceState) -> Compiled:
-    placement = model.placement
-    layout = Layout(bucket, model.pages_per_slot)
-    packed = ParamSpec((placement.num_shards, layout.width), np.dtype(np.int32), ("shard", None))
+def _abstract_control(model: StepModel, layout: Layout) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """The packed array and the flags of a bucket's steps."""
+    packed = ParamSpec((model.placement.num_shards, layout.width), np.dtype(np.int32), ("shard", None))
     flags = ParamSpec((NUM_FLAGS,), np.dtype(np.int32), (None,))
-    step = functools.partial(decode_steps if bucket.is_decode else mixed_step, model, layout)
-    out_shardings = (_state_shardings(placement), _output_shardings(bucket, placement))
-    jitted = jax.jit(step, donate_argnums=1, out_shardings=out_shardings)
-    return jitted.lower(abstract_params(model), state, *(_abstract(s, placement) for s in (packed, flags))).compile()
+    return _abstract(packed, model.placement), _abstract(flags, model.placement)
 
 
 def _output_shardings(bucket: Bucket, placement: Placement) -> StepOutputs:
@@ -233,6 +183,56 @@ def _output_shardings(bucket: Bucket, placement: Placement) -> StepOutputs:
     tokens, token_tops = placement.sharding(("shard", "tokens")), placement.sharding(("shard", "tokens", None))
     prompt: Any = {"logprob": tokens, "rank": tokens, "top_ids": token_tops, "top_logprobs": token_tops}
     return StepOutputs(Sampled(**sampled), Scores(**prompt))
+
+
+# ---- one program each
+
+
+def _compile_step(model: StepModel, bucket: Bucket, state: DeviceState) -> Compiled:
+    layout = Layout(bucket, model.pages_per_slot)
+    step = functools.partial(decode_steps if bucket.is_decode else mixed_step, model, layout)
+    out_shardings = (_state_shardings(model.placement), _output_shardings(bucket, model.placement))
+    jitted = jax.jit(step, donate_argnums=1, out_shardings=out_shardings)
+    return jitted.lower(abstract_params(model), state, *_abstract_control(model, layout)).compile()
+
+
+def _compile_streamed(model: StepModel, bucket: Bucket, state: DeviceState) -> StreamedStep:
+    placement, layout = model.placement, Layout(bucket, model.pages_per_slot)
+    control = _abstract_control(model, layout)
+    top = _abstract_tree(model.decoder.without_layers.specs, placement)
+    stream = placement.sharding(("shard", "tokens", "embed"))
+    shardings = _state_shardings(placement)
+    embed = jax.jit(functools.partial(embed_step, model, layout), out_shardings=stream)
+    embedded = embed.lower(top, state.slots, control).compile()
+    shape = (placement.num_shards, bucket.num_tokens, model.decoder.config.embed_dim)
+    x = jax.ShapeDtypeStruct(shape, model.decoder.dtype, sharding=stream)
+    number = _abstract(ParamSpec((), np.dtype(np.int32), ()), placement)
+    kinds = {}
+    for layer in model.decoder.layers:
+        if layer.spec not in kinds:
+            step = jax.jit(
+                functools.partial(layer_step, model, layout, layer.spec),
+                donate_argnums=2,
+                out_shardings=(stream, shardings.cache),
+            )
+            weights = _abstract_tree(layer.specs, placement)
+            kinds[layer.spec] = step.lower(weights, x, state.cache, number, control).compile()
+    head = jax.jit(
+        functools.partial(head_step, model, layout),
+        donate_argnums=1,
+        out_shardings=(shardings.slots, _output_shardings(bucket, placement)),
+    )
+    return StreamedStep(
+        embed=embedded,
+        layers=tuple(kinds[layer.spec] for layer in model.decoder.layers),
+        head=head.lower(top, state.slots, x, control).compile(),
+        layer_numbers=tuple(jax.device_put(np.int32(n), number.sharding) for n in range(len(model.decoder.layers))),
+        control_shardings=(control[0].sharding, control[1].sharding),
+    )
+
+
+def _compile_initial_state(model: StepModel) -> Compiled:
+    return jax.jit(lambda: _make_state(model), out_shardings=_state_shardings(model.placement)).lower().compile()
 
 
 def _compile_install(model: StepModel, state: DeviceState) -> Compiled:

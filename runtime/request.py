@@ -50,6 +50,8 @@ class CompletionOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # None for EOS, else the id or string that ended it
     seed: int | None = None  # the request's, drawn if it named none: the same seed gives the same tokens
+    weights_version: int = 0  # that computed the last of these tokens
+    first_weights_version: int = 0  # that began the continuation: another one if the weights were updated meanwhile
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

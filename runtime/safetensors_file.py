@@ -115,10 +115,10 @@ class SafetensorsFile:
         check_finite(part.view(entry.dtype), f"{self.path}: {name!r}")
 
 
-def aligned_empty(num_bytes: int) -> np.ndarray:
-    """Uninitialised bytes, [num_bytes] uint8, that start at a multiple of 64."""
-    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
+def aligned_empty(num_bytes: int, alignment: int = _ALIGNMENT) -> np.ndarray:
+    """Uninitialised bytes, [num_bytes] uint8, that start at a multiple of 64, or of another alignment."""
+    raw = np.empty(num_bytes + alignment, np.uint8)
+    start = -raw.ctypes.data % alignment
     return raw[start : start + num_bytes]
 
 

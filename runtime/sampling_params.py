@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from ..errors import InvalidRequestError
 from .spelling import nearest, shown
@@ -11,6 +11,7 @@ from .spelling import nearest, shown
 MAX_TOKEN_COUNT = 2**24  # past every context and vocabulary; a larger number is a mistake, "no limit" is None
 MAX_STOP_TOKEN_IDS = 32
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 32, 512
+OnWeightsUpdate = Literal["drain", "immediate"]
 MIN_TEMPERATURE = 0.01  # vLLM's: below it logits / temperature loses its meaning, and near 0 it overflows
 
 
@@ -63,7 +64,9 @@ class SamplingParams:
     output reports. `max_tokens` None means up to the context, and a request that meets the context first ends with
     "length". Until `min_tokens` exist neither EOS nor `stop_token_ids` can be sampled, and stop strings that end
     within them do not count. `stop` and `bad_words` take one string or several. Penalties as vLLM: repetition over
-    prompt and output, presence and frequency over the output. Raises InvalidRequestError that names the option.
+    prompt and output, presence and frequency over the output. `on_weights_update` "drain" holds new weights back until
+    the request has ended, "immediate" goes on with them, None leaves it to the update. Raises InvalidRequestError that
+    names the option.
     """
 
     n: int = 1
@@ -88,6 +91,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()
     skip_special_tokens: bool = True
     detokenize: bool = True
+    on_weights_update: OnWeightsUpdate | None = None
 
     def __new__(cls, **options: object) -> Self:
         known = [field.name for field in dataclasses.fields(cls)]
@@ -107,6 +111,10 @@ class SamplingParams:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} must be True or False, got {shown(getattr(self, name))}")
+        if self.on_weights_update is not None and self.on_weights_update not in get_args(OnWeightsUpdate):
+            raise InvalidRequestError(
+                f'on_weights_update must be "drain", "immediate" or None, got {shown(self.on_weights_update)}'
+            )
         self._normalise_collections()
         if 0 < self.temperature < MIN_TEMPERATURE:
             self._set("temperature", MIN_TEMPERATURE)

@@ -1,7 +1,8 @@
 """Decides what each step computes and takes its results: two verbs, plan and commit. Deterministic, and no jax.
 
 Commit is one step behind plan. A sequence that a commit ends may therefore be part of one step more, whose tokens for
-it are dropped; and one that is preempted knows all its tokens before it can be planned again.
+it are dropped; and one that is preempted knows all its tokens before it can be planned again. The weights change
+only while no step is in flight, so what a commit brings was computed with the version that stands.
 """
 
 import dataclasses
@@ -48,7 +49,10 @@ class Scheduler:
         )
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; some may have ended since
         self._num_requests = 0
+        self._newest_started = -1  # the last request of which something was admitted
         self.num_preemptions = 0
+        self.weights_version = 0
+        self.starts_requests = True  # False while new weights wait for what has started
 
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """Queue a request's continuations, behind those that came before."""
@@ -129,12 +133,16 @@ class Scheduler:
             if sequence.status is Status.FINISHED:
                 heapq.heappop(self._waiting)
                 continue
+            if not self.starts_requests and sequence.arrival[0] > self._newest_started:
+                break
+            sequence.begin(self.weights_version)
             candidates = [shard for shard in self.shards if room[shard.index] > 0]
             candidates.sort(key=lambda shard: (-len(shard.free_slots), -shard.pool.num_free, shard.index))
             find = self.config.prefix_caching and sequence.request.params.prompt_logprobs is None
             if not any(shard.try_admit(sequence, find) for shard in candidates):
                 break
             heapq.heappop(self._waiting)
+            self._newest_started = max(self._newest_started, sequence.arrival[0])
             if sequence.num_preemptions == 0:
                 sequence.num_cached_tokens = sequence.num_computed
             room[sequence.shard] -= len(sequence.tokens) - sequence.num_computed
@@ -227,6 +235,8 @@ class Scheduler:
             self.finish(sequence, "abort")
             return tuple(new)
         sequence.tokens.extend(new)
+        if new:
+            sequence.weights_version = self.weights_version
         if sequence.status is Status.RUNNING:  # else it was preempted since, and has no pages
             num_written = len(sequence.tokens) - 1 if new else chunk.start + chunk.num_tokens if chunk else 0
             self.shards[sequence.shard].remember_pages(sequence, num_written)
@@ -241,6 +251,10 @@ class Scheduler:
         for shard in self.shards:
             yield from (s for s in shard.sequences if s is not None)
         yield from (s for _, s in self._waiting if s.status is Status.WAITING)
+
+    def started(self) -> Iterable[Sequence]:
+        """All that have not ended, of requests of which something was admitted: preempted ones and siblings too."""
+        return (sequence for sequence in self.sequences() if sequence.arrival[0] <= self._newest_started)
 
 
 def _extend(shard: Shard, slots: np.ndarray, missing: np.ndarray) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 
-from .pages import ROOT_DIGEST, page_digest
+from .pages import page_digest, root_digest
 from .request import FinishReason, Request
 
 
@@ -37,6 +37,9 @@ class Sequence:
     num_preemptions: int = 0
     digests: list[bytes] = dataclasses.field(default_factory=list)  # of its first full pages, as far as asked for
     num_findable_pages: int = 0
+    pages_version: int = 0  # of the weights when it got its slot: in the digests of its pages
+    first_weights_version: int = 0  # of the weights that began it
+    weights_version: int = 0  # of the weights that computed its last token
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
@@ -50,10 +53,18 @@ class Sequence:
         """Committed tokens past the prompt."""
         return len(self.tokens) - self.prompt_len
 
+    def begin(self, weights_version: int) -> None:
+        """It is about to get a slot, and what its pages lack is computed with these weights from the start."""
+        if weights_version != self.pages_version:
+            self.pages_version = weights_version
+            self.digests.clear()
+        if self.num_preemptions == 0:
+            self.first_weights_version = self.weights_version = weights_version
+
     def page_digest(self, page: int, page_size: int) -> bytes:
         """The identity of one of its full pages; each is computed once, whatever is tried with the sequence."""
         while len(self.digests) <= page:
             start = len(self.digests) * page_size
-            parent = self.digests[-1] if self.digests else ROOT_DIGEST
+            parent = self.digests[-1] if self.digests else root_digest(self.pages_version)
             self.digests.append(page_digest(parent, self.tokens[start : start + page_size]))
         return self.digests[page]

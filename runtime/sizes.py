@@ -12,7 +12,14 @@ from ..models.config import ModelConfig
 from ..models.kv_cache import num_cache_heads
 from ..sharding.rules import Placement
 from . import host_memory
-from .config import DEFAULT_CONTEXT_LEN, DEFAULT_STEP_TOKENS, RuntimeConfig
+from .config import (
+    DEFAULT_CONTEXT_LEN,
+    DEFAULT_NUM_SLOTS,
+    DEFAULT_STEP_TOKENS,
+    STREAMED_NUM_SLOTS,
+    STREAMED_STEP_TOKENS,
+    RuntimeConfig,
+)
 from .slot_state import empty_slots
 
 _GPU_HEADROOM = 0.9  # of the memory that the device reports; the rest is for temporaries
@@ -38,10 +45,17 @@ def resolve(config: RuntimeConfig, model: ModelConfig, dtype: np.dtype) -> Runti
             f"max_context_len={config.max_context_len} is more than the {model.max_context_len} tokens that the "
             "checkpoint declares. Lower it."
         )
+    is_resident = config.weights == "resident"
+    num_slots = config.num_slots or (DEFAULT_NUM_SLOTS if is_resident else STREAMED_NUM_SLOTS)
+    if config.num_slots is None and config.max_step_tokens is not None:
+        num_slots = min(num_slots, max(config.max_step_tokens // 2, 1))
+    num_tokens = DEFAULT_STEP_TOKENS if is_resident else STREAMED_STEP_TOKENS
     return config.replace(
         dtype=dtype.name,
         max_context_len=config.max_context_len or _default_context_len(model),
-        max_step_tokens=config.max_step_tokens or max(DEFAULT_STEP_TOKENS, 2 * config.num_slots),
+        num_slots=num_slots,
+        max_step_tokens=config.max_step_tokens or max(num_tokens, 2 * num_slots),
+        max_decode_steps=config.max_decode_steps if is_resident else 1,
         kv_cache_dtype=config.kv_cache_dtype or dtype.name,
     )
 
@@ -49,6 +63,20 @@ def resolve(config: RuntimeConfig, model: ModelConfig, dtype: np.dtype) -> Runti
 def _default_context_len(model: ModelConfig) -> int:
     """A context past the original one stretches dynamic and longrope frequencies, so that is left to be asked for."""
     return min(model.max_context_len, model.unstretched_len or model.max_context_len, DEFAULT_CONTEXT_LEN)
+
+
+def weights_budget(config: RuntimeConfig, placement: Placement) -> int:
+    """Bytes of weights on each device where they are not resident: what was asked for, or half of the memory.
+
+    Raises:
+      ConfigError: the devices do not say how much memory they have, and weights_memory is not given.
+    """
+    if config.weights_memory is not None:
+        return config.weights_memory
+    total = device_memory(placement)
+    if total is None:
+        raise ConfigError("the devices do not report their memory; give weights_memory.")
+    return total // 2
 
 
 def size_cache(config: RuntimeConfig, model: ModelConfig, placement: Placement, weight_bytes: int) -> CacheSize:
@@ -59,7 +87,7 @@ def size_cache(config: RuntimeConfig, model: ModelConfig, placement: Placement, 
         much and what mends it.
       ConfigError: the device does not say how much memory it has, and kv_cache_bytes is not given.
     """
-    assert config.max_context_len is not None and config.kv_cache_dtype is not None
+    assert config.max_context_len is not None and config.kv_cache_dtype is not None and config.num_slots is not None
     heads = num_cache_heads(model, placement) // placement.size("tensor")
     itemsize = 4 if config.kv_cache_dtype == "float32" else 2
     page_bytes = 2 * model.num_layers * heads * config.page_size * model.head_dim * itemsize
@@ -91,16 +119,11 @@ def _room(placement: Placement, taken: Mapping[str, int], wanted: int | None) ->
     Raises:
       OutOfMemoryError: what is taken, or the `wanted` bytes beside it, are more than there is.
     """
-    device: jax.Device = placement.mesh.devices.flat[0]
-    is_cpu = device.platform == "cpu"
-    if is_cpu:
-        total = host_memory.available_bytes() // placement.mesh.size  # which all its devices share
-    elif (limit := (device.memory_stats() or {}).get("bytes_limit")) is not None:
-        total = limit
-    elif wanted is not None:
+    total = device_memory(placement)
+    if total is None and wanted is not None:
         return wanted
-    else:
-        raise ConfigError(f"{device} does not report its memory; give kv_cache_bytes.")
+    if total is None:
+        raise ConfigError("the devices do not report their memory; give kv_cache_bytes.")
     if wanted is not None:
         taken = {**taken, "kv_cache_bytes": wanted}
     free = total - sum(taken.values())
@@ -110,4 +133,15 @@ def _room(placement: Placement, taken: Mapping[str, int], wanted: int | None) ->
             f"each device has {total:,} bytes, which do not hold {parts}. Choose a larger tensor axis or a smaller "
             "dtype, or lower num_slots or kv_cache_bytes."
         )
-    return min(int(_CPU_SHARE * total), free) if is_cpu else max(free - int((1 - _GPU_HEADROOM) * total), 0)
+    if placement.on_host:
+        return min(int(_CPU_SHARE * total), free)
+    return max(free - int((1 - _GPU_HEADROOM) * total), 0)
+
+
+def device_memory(placement: Placement) -> int | None:
+    """Bytes that each device of this process may use, None where they do not say; on a CPU all share the host's."""
+    device: jax.Device = placement.mesh.devices.flat[0]
+    if placement.on_host:
+        return host_memory.available_bytes() // placement.mesh.size
+    limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
+    return limit

@@ -6,7 +6,6 @@ converted, or as converted and on its way.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from tqdm import tqdm
 
 from ..errors import CheckpointError
@@ -51,11 +51,18 @@ class Leaf:
 
 
 def load_params(
-    source: Source, model: ModelConfig, specs: SpecTree, placement: Placement, *, show_progress: bool = True
+    source: Source,
+    model: ModelConfig,
+    specs: SpecTree,
+    placement: Placement,
+    *,
+    show_progress: bool = True,
+    on_part: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """The parameter tree of `specs` (shapes, dtypes and axes), read from `source` and sharded by `placement`.
 
-    A bar on stderr counts bytes when loading takes longer than a second.
+    A bar on stderr counts bytes when loading takes longer than a second. `on_part` is called between parts, and may
+    raise to stop.
 
     Raises:
       CheckpointError: before anything is placed, if names, shapes or kinds of dtype disagree with the model; while
@@ -63,15 +70,22 @@ def load_params(
     """
     flat, definition = flatten(specs)
     if isinstance(source, Store):
-        leaves = list(_store_leaves(source, flat))
+        check_store(source, flat)
+        leaves = list(store_leaves(source, flat, whole=placement.on_host))
     else:
         leaves = list(checkpoint_leaves(source, tensor_plan(model, source.tensor_names), flat))
-    placed = place_leaves(leaves, placement, show_progress=show_progress)
+    placed = place_leaves(leaves, placement, show_progress=show_progress, on_part=on_part)
     params: dict[str, Any] = jax.tree.unflatten(definition, [placed[path] for path in flat])
     return params
 
 
-def place_leaves(leaves: Sequence[Leaf], placement: Placement, *, show_progress: bool) -> dict[str, jax.Array]:
+def place_leaves(
+    leaves: Sequence[Leaf],
+    placement: Placement,
+    *,
+    show_progress: bool,
+    on_part: Callable[[], object] = lambda: None,
+) -> dict[str, jax.Array]:
     """Every leaf's array by its path: small ones several at a time, then large ones part by part."""
     placed: dict[str, jax.Array] = {}
     small = [leaf for leaf in leaves if leaf.spec.num_bytes <= _SMALL_BYTES]
@@ -81,12 +95,17 @@ def place_leaves(leaves: Sequence[Leaf], placement: Placement, *, show_progress:
         total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, delay=1,
         disable=not show_progress,
     )  # fmt: skip
+
+    def advance(num_bytes: int) -> None:
+        bar.update(num_bytes)
+        on_part()
+
     with bar, ThreadPoolExecutor(_NUM_READERS) as readers:
         for leaf, array in zip(small, readers.map(lambda leaf: _place_whole(leaf, placement), small), strict=True):
             placed[leaf.path] = array
-            bar.update(leaf.spec.num_bytes)
+            advance(leaf.spec.num_bytes)
         for leaf in large:
-            placed[leaf.path] = _place_by_parts(leaf, placement, bar.update)
+            placed[leaf.path] = _place_by_parts(leaf, placement, advance)
     return placed
 
 
@@ -98,7 +117,7 @@ def _place_whole(leaf: Leaf, placement: Placement) -> jax.Array:
     whole = np.empty(spec.shape, spec.dtype)
     for part in leaf.parts:
         shape = spec.shape[len(part.index) :]
-        whole[part.index] = _convert(part.read([_full(shape)])[0], spec.dtype, leaf.path)
+        whole[part.index] = convert(part.read([_full(shape)])[0], spec.dtype, leaf.path)
     return _place(leaf.path, Part((), lambda regions: [whole[region] for region in regions]), spec, placement)
 
 
@@ -130,12 +149,21 @@ def _write(array: jax.Array, part: jax.Array, index: jax.Array) -> jax.Array:
 def _place(path: str, part: Part, spec: ParamSpec, placement: Placement) -> jax.Array:
     """A part as an array of its own, of which each device gets its shard; only this process' shards are read."""
     sharding = placement.sharding(spec.axes)
-    regions = {
-        _key(region, spec.shape): region for region in sharding.addressable_devices_indices_map(spec.shape).values()
-    }
-    exact = [tuple(slice(*bounds) for bounds in key) for key in regions]
-    shards = {key: _convert(values, spec.dtype, path) for key, values in zip(regions, part.read(exact), strict=True)}
+    regions = list(shard_regions(sharding, spec.shape))
+    exact = [tuple(slice(*bounds) for bounds in region) for region in regions]
+    shards = {key: convert(values, spec.dtype, path) for key, values in zip(regions, part.read(exact), strict=True)}
     return jax.make_array_from_callback(spec.shape, sharding, lambda region: shards[_key(region, spec.shape)])
+
+
+def shard_regions(
+    sharding: NamedSharding, shape: tuple[int, ...]
+) -> dict[tuple[tuple[int, int], ...], tuple[jax.Device, ...]]:
+    """The distinct parts of an array that this process' devices hold, by (start, stop) along each dimension."""
+    devices: dict[tuple[tuple[int, int], ...], tuple[jax.Device, ...]] = {}
+    for device, region in sharding.addressable_devices_indices_map(shape).items():
+        key = _key(region, shape)
+        devices[key] = (*devices.get(key, ()), device)
+    return devices
 
 
 def _key(region: Region | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -147,7 +175,7 @@ def _full(shape: tuple[int, ...]) -> Region:
     return tuple(slice(0, size) for size in shape)
 
 
-def _convert(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
+def convert(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
     """`values` in the dtype asked for; floats convert to floats, nothing else converts."""
     if values.dtype == dtype:
         return values
@@ -157,6 +185,12 @@ def _convert(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
         converted = np.ascontiguousarray(values.astype(dtype))
     check_finite(converted, f"{path}, converted from {values.dtype} to {dtype},")  # large values overflow
     return converted
+
+
+def alias(array: jax.Array) -> jax.Array:
+    """The same buffers under another object: jax keeps what it copies to the host for as long as the object lives."""
+    shards = [shard.data for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
 
 
 def _is_float(dtype: np.dtype) -> bool:
@@ -205,8 +239,17 @@ def _piece_reader(checkpoint: Checkpoint, piece: Piece) -> Callable[[Sequence[Re
     return read
 
 
-def _store_leaves(store: Store, specs: Mapping[str, ParamSpec]) -> Iterator[Leaf]:
-    """The leaves as the store holds them: layer by layer where its files allow it, else whole."""
+def store_leaves(store: Store, specs: Mapping[str, ParamSpec], *, whole: bool) -> Iterator[Leaf]:
+    """Leaves of a checked store: each as a whole, or large ones layer by layer where its chunks allow it."""
+    for path, spec in specs.items():
+        is_large = spec.num_bytes > _SMALL_BYTES and spec.axes[0] == "layers"
+        by_layer = not whole and is_large and store.arrays[path].chunk_shape[0] == 1
+        indices: Iterable[tuple[int, ...]] = [(layer,) for layer in range(spec.shape[0])] if by_layer else [()]
+        yield Leaf(path, spec, [Part(index, _array_reader(store, path, index)) for index in indices])
+
+
+def check_store(store: Store, specs: Mapping[str, ParamSpec]) -> None:
+    """Raises CheckpointError unless the store's arrays can serve these parameters."""
     _check_paths(store.arrays, specs, f"{store.path}: the store")
     for path, spec in specs.items():
         entry = store.arrays[path]
@@ -217,28 +260,16 @@ def _store_leaves(store: Store, specs: Mapping[str, ParamSpec]) -> Iterator[Leaf
             )
         if entry.dtype != spec.dtype and not (_is_float(entry.dtype) and _is_float(spec.dtype)):
             raise CheckpointError(f"{store.path}: expected {path} as {spec.dtype}; the store has {entry.dtype}.")
-    for path, spec in specs.items():
-        by_layer = spec.num_bytes > _SMALL_BYTES and spec.axes[0] == "layers" and store.arrays[path].chunk_shape[0] == 1
-        indices: Iterable[tuple[int, ...]] = [(layer,) for layer in range(spec.shape[0])] if by_layer else [()]
-        yield Leaf(path, spec, [Part(index, _array_reader(store, path, index)) for index in indices])
 
 
 def _array_reader(
     store: Store, path: str, index: tuple[int, ...]
 ) -> Callable[[Sequence[Region]], Sequence[np.ndarray]]:
     prefix = tuple(slice(i, i + 1) for i in index)
-    shape = store.arrays[path].shape[len(index) :]
-
-    def read_one(region: Region) -> np.ndarray:
-        values = store.read(path, prefix + region)
-        return values.reshape(values.shape[len(index) :])
 
     def read(regions: Sequence[Region]) -> list[np.ndarray]:
-        wanted = sum(math.prod(part.stop - part.start for part in region) for region in regions)
-        if len(regions) > 1 and wanted == math.prod(shape):  # all of it: decompress each chunk once
-            whole = read_one(_full(shape))
-            return [whole[region] for region in regions]
-        return [read_one(region) for region in regions]
+        found = (store.read(path, prefix + region) for region in regions)
+        return [values.reshape(values.shape[len(index) :]) for values in found]
 
     return read
 

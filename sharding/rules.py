@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from .axes import Axes, LogicalAxis, MeshAxis
+from .specs import ParamSpec
 
 # Axes without a row are not sharded.
 RULES: Mapping[LogicalAxis, MeshAxis] = {
@@ -44,6 +46,11 @@ class Placement:
         """R: data shards, each with its own slots and pages."""
         return self.size("data")
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the devices' memory is the host's, as that of CPU devices is."""
+        return bool(self.mesh.devices.flat[0].platform == "cpu")
+
     def spec(self, axes: Axes) -> PartitionSpec:
         """The PartitionSpec of an array whose dimensions are `axes`."""
         return PartitionSpec(*(None if a is None or a in self.replicated else RULES.get(a) for a in axes))
@@ -51,6 +58,10 @@ class Placement:
     def sharding(self, axes: Axes) -> NamedSharding:
         """The NamedSharding of an array whose dimensions are `axes`."""
         return _named_sharding(self.mesh, self.spec(axes))
+
+    def shard_bytes(self, spec: ParamSpec) -> int:
+        """Bytes of one device's part of an array."""
+        return math.prod(self.sharding(spec.axes).shard_shape(spec.shape)) * spec.dtype.itemsize
 
     def constrain(self, x: jax.Array, *axes: LogicalAxis | None) -> jax.Array:
         """`x`, with the compiler held to the sharding of `axes`."""

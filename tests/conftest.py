@@ -19,6 +19,12 @@ def program_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def store_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory for the stores of converted checkpoints, shared by the runtimes of a session."""
+    return str(tmp_path_factory.mktemp("stores"))
+
+
+@pytest.fixture(scope="session")
 def fixture_checkpoints() -> Path:
     """The committed tiny random checkpoints, a directory each."""
     return Path(__file__).parent / "fixtures" / "checkpoints"
@@ -31,12 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def open_tiny(program_cache: str, fixture_checkpoints: Path) -> Callable[..., Runtime]:
+def open_tiny(program_cache: str, store_cache: str, fixture_checkpoints: Path) -> Callable[..., Runtime]:
     """Opens a tiny float32 runtime; its tokens have no text."""
 
     def open_runtime(checkpoint: str = "llama_default", **options: Any) -> Runtime:
         small = {"num_slots": 4, "page_size": 8, "max_step_tokens": 32, "max_context_len": 96, "dtype": "float32"}
-        settings = {**small, "compile_cache_dir": program_cache, "progress": False, **options}
+        caches = {"compile_cache_dir": program_cache, "store_cache_dir": store_cache}
+        settings = {**small, **caches, "progress": False, **options}
         return Runtime.from_pretrained(str(fixture_checkpoints / checkpoint), **settings)
 
     return open_runtime

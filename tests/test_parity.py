@@ -40,7 +40,7 @@ def check(output: RequestOutput, expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(scores, expected["prompt_logprobs"][1:], atol=TOLERANCE, rtol=0)
 
 
-def test_tokens_and_logprobs_equal_transformers(checkpoint: Path, program_cache: str) -> None:
+def test_tokens_and_logprobs_equal_transformers(checkpoint: Path, program_cache: str, store_cache: str) -> None:
     # Chunks of 29 tokens, pages of 8 and windows from 9 to 15 are all shorter than the longest prompt.
     expected = json.loads((checkpoint / "expected.json").read_text())
     with Runtime.from_pretrained(
@@ -51,6 +51,7 @@ def test_tokens_and_logprobs_equal_transformers(checkpoint: Path, program_cache:
         page_size=8,
         max_step_tokens=32,
         compile_cache_dir=program_cache,
+        store_cache_dir=store_cache,
         progress=False,
     ) as runtime:
         prompts = expected["prompts"]

@@ -21,6 +21,7 @@ NAMES = {
     "RuntimeClosedError",
     "RuntimeConfig",
     "SamplingParams",
+    "StepError",
     "UnsupportedModelError",
     "__version__",
 }

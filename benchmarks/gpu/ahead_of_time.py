@@ -18,7 +18,8 @@ from millrace.models.kv_cache import cache_spec
 from millrace.models.partition import partition
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.runtime.buckets import Bucket
-from millrace.runtime.programs import StepModel, compile_programs
+from millrace.runtime.programs import compile_programs
+from millrace.runtime.steps import StepModel
 from millrace.sharding.mesh import make_mesh
 from millrace.sharding.targets import TARGETS
 
@@ -50,6 +51,12 @@ def main() -> None:
             f"{bucket!s:<28} compiled in {time.perf_counter() - started_s:5.1f} s   arguments "
             f"{memory.argument_size_in_bytes / GIB:.2f} GiB   in place {memory.alias_size_in_bytes / GIB:.2f} GiB   "
             f"temporaries {memory.temp_size_in_bytes / GIB:.2f} GiB"
+        )
+        streamed = compile_programs(model, (bucket,), streams=True, show_progress=False).steps[bucket]
+        layer = streamed.layers[0].memory_analysis()
+        print(
+            f"{'  one layer of it, streamed':<28} arguments {layer.argument_size_in_bytes / GIB:.2f} GiB   in place "
+            f"{layer.alias_size_in_bytes / GIB:.2f} GiB   temporaries {layer.temp_size_in_bytes / GIB:.2f} GiB"
         )
 
 

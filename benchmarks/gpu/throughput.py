@@ -25,9 +25,10 @@ from millrace.models.partition import partition
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.runtime.buckets import make_buckets
 from millrace.runtime.executor import Executor
-from millrace.runtime.programs import StepModel, abstract_params, compile_programs
+from millrace.runtime.programs import abstract_params, compile_programs
 from millrace.runtime.request import RequestLimits, validate
 from millrace.runtime.scheduler import Scheduler, SchedulerConfig
+from millrace.runtime.steps import StepModel
 from millrace.sharding.mesh import make_mesh
 
 CONTEXT_LEN, PAGE_SIZE, STEP_TOKENS, DECODE_STEPS = 2048, 32, 1024, 8

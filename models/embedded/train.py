@@ -201,7 +201,8 @@ def write(out: Path, params: Params, tokenizer: str, numbers: dict[str, Any], he
         "generation_config.json": _json(generation),
         "training.json": _json(numbers),
     }
-    save_store(out, served(params), HF_CONFIG, files)
+    specs = AbstractDecoder(model_config(), jnp.dtype(jnp.bfloat16)).specs
+    save_store(out, served(params), specs, HF_CONFIG, files, name="millrace/embedded")
     print(_json(numbers).decode())
 
 

@@ -1,5 +1,7 @@
 """The launcher's commands, a module each: `GROUPS` are its flags, `run` its work.
 
+`POSITIONALS`, where a module has it, names the flags that may be given by their place.
+
 A module is imported when its command runs, and none imports jax at its top, so that --help and a wrong flag answer
 at once.
 """
@@ -31,14 +33,14 @@ class CommandModule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command's name is its module's name."""
+    """A command's name is its module's name, with a dash for an underscore."""
 
     name: str
     summary: str
 
     def load(self) -> CommandModule:
         """Import the command's module."""
-        return cast(CommandModule, importlib.import_module(f".{self.name}", __name__))
+        return cast(CommandModule, importlib.import_module(f".{self.name.replace('-', '_')}", __name__))
 
 
 COMMANDS = {
@@ -46,6 +48,10 @@ COMMANDS = {
     for command in (
         Command("generate", "complete prompts; text or jsonl on stdout"),
         Command("chat", "talk to a model that has a chat template"),
+        Command("convert", "write a checkpoint as a store, which loads fast and streams"),
+        Command("export", "write a store as a Hugging Face checkpoint"),
+        Command("verify-store", "check every byte of a store"),
+        Command("cache", "list, verify and remove the stores of checkpoints that were opened"),
         Command("doctor", "say what this machine has, what is wrong, and how to mend it"),
         Command("demo", "stream a few completions of the embedded model"),
     )

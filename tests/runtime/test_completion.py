@@ -55,6 +55,16 @@ def cut(ids: list[int], places: list[int], reason: str = "length") -> list[Token
     return [event(*part, reason=reason if i == len(parts) - 1 else None) for i, part in enumerate(parts)]
 
 
+def test_a_piece_says_which_weights_made_its_tokens_and_the_whole_the_last_of_them() -> None:
+    events = [
+        dataclasses.replace(event(3), weights_version=4, first_weights_version=4),
+        dataclasses.replace(event(5, reason="length"), weights_version=6, first_weights_version=4),
+    ]
+    pieces = play(make_request(), None, *events)
+    assert [piece.weights_version for piece in pieces] == [4, 6]
+    assert (join(pieces).first_weights_version, join(pieces).weights_version) == (4, 6)
+
+
 @given(places=st.lists(st.integers(0, 200), max_size=12))
 @settings(max_examples=25, deadline=None)
 def test_the_pieces_make_the_text_however_the_steps_cut_it(byte_level: Tokenizer, places: list[int]) -> None:

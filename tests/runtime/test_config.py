@@ -13,10 +13,11 @@ from millrace import ConfigError, RuntimeConfig
 HUGE = pytest.param(10**5000, id="huge")  # more digits than Python agrees to print
 INTEGERS = (
     "max_context_len", "num_slots", "page_size", "max_step_tokens", "kv_cache_bytes", "max_decode_steps", "seed",
+    "weights_memory",
 )  # fmt: skip
-TEXTS = ("model", "revision", "compile_cache_dir")
+TEXTS = ("model", "revision", "compile_cache_dir", "store_cache_dir", "weights", "weights_io")
 DTYPES = ("dtype", "kv_cache_dtype")
-FLAGS = ("prefix_caching", "progress")
+FLAGS = ("prefix_caching", "progress", "store")
 PAIRS = ("mesh", "kernels")
 
 
@@ -39,7 +40,7 @@ def test_integers_refuse_zero_where_it_would_mean_nothing(name: str) -> None:
         RuntimeConfig(**{name: 0})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["num_slots", "page_size", "max_decode_steps"])
+@pytest.mark.parametrize("name", ["page_size", "max_decode_steps"])
 def test_integers_without_a_default_of_their_own_refuse_none(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         RuntimeConfig(**{name: None})  # type: ignore[arg-type]
@@ -100,6 +101,20 @@ def test_a_step_must_hold_more_tokens_than_there_are_slots() -> None:
     with pytest.raises(ConfigError, match="max_step_tokens"):
         RuntimeConfig(num_slots=64, max_step_tokens=64)
     assert RuntimeConfig(num_slots=64, max_step_tokens=65).max_step_tokens == 65
+
+
+@pytest.mark.parametrize("value", ["disk", "", "Stream"])
+def test_weights_are_in_one_of_three_places_and_read_in_one_of_three_ways(value: str) -> None:
+    with pytest.raises(ConfigError, match="resident, stream, host"):
+        RuntimeConfig(weights=value)
+    with pytest.raises(ConfigError, match="auto, cached, direct"):
+        RuntimeConfig(weights_io=value)
+
+
+def test_resident_weights_take_no_budget() -> None:
+    with pytest.raises(ConfigError, match="weights=stream"):
+        RuntimeConfig(weights_memory=10**9)
+    assert RuntimeConfig(weights="stream", weights_memory=10**9).weights_memory == 10**9
 
 
 def test_an_error_stays_short_whatever_came() -> None:

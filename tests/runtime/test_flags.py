@@ -1,7 +1,10 @@
 import dataclasses
 
+import pytest
+
+from millrace.errors import ConfigError
 from millrace.runtime.config import RuntimeConfig
-from millrace.runtime.flags import RUNTIME, SAMPLING
+from millrace.runtime.flags import RUNTIME, SAMPLING, Group, Option, parse
 from millrace.runtime.sampling_params import SamplingParams
 
 
@@ -20,3 +23,22 @@ def test_switches_are_the_boolean_options():
     switches = {option.name for group in (RUNTIME, SAMPLING) for option in group.options if option.kind == "switch"}
     fields = [*dataclasses.fields(RuntimeConfig), *dataclasses.fields(SamplingParams)]
     assert switches == {field.name for field in fields if isinstance(field.default, bool)}
+
+
+COPY = Group("Copy", (Option("source", "text", ""), Option("names", "texts", ""), Option("all", "switch", "", True)))
+
+
+def test_arguments_without_a_flag_fill_their_places():
+    values = parse((COPY,), ["a", "--noall", "b", "c"], "copy", ("source", "names"))
+    assert values == {"source": "a", "names": ["b", "c"], "all": False}
+
+
+@pytest.mark.parametrize(("argv", "message"), [(["a", "b"], "unexpected argument 'b'"), (["a", "--source=b"], "twice")])
+def test_arguments_without_a_place_are_refused(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        parse((COPY,), argv, "copy", ("source",))
+
+
+@pytest.mark.parametrize("spelling", ["--noall", "--no-all", "--all=false"])
+def test_a_switch_is_turned_off_in_each_of_its_spellings(spelling):
+    assert parse((COPY,), [spelling], "copy")["all"] is False

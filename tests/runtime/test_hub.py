@@ -19,6 +19,7 @@ from millrace.runtime.checkpoint import INDEX_FILE, open_checkpoint
 from millrace.runtime.hub import download
 from millrace.runtime.store import open_store
 from millrace.runtime.store_writer import save_store
+from millrace.sharding.specs import ParamSpec
 
 WEIGHTS = save({"a": np.arange(4, dtype=np.float32)})
 SINGLE = {
@@ -136,7 +137,8 @@ def test_shards_are_fetched_as_the_index_names_them(hub, fetch):
 
 
 def test_store_of_the_hub_opens(hub, fetch, tmp_path):
-    save_store(tmp_path / "store", {"a": {"b": np.ones(3, np.float32)}}, {}, {})
+    params, specs = {"a": {"b": np.ones(3, np.float32)}}, {"a": {"b": ParamSpec((3,), np.dtype(np.float32), (None,))}}
+    save_store(tmp_path / "store", params, specs, {}, {"training.json": b"{}"})
     files = [file for file in (tmp_path / "store").rglob("*") if file.is_file()]
     hub.repositories["org/name", NEW] = {str(f.relative_to(tmp_path / "store")): f.read_bytes() for f in files}
     np.testing.assert_array_equal(open_store(fetch("org/name")).read("a/b", (slice(0, 3),)), np.ones(3))

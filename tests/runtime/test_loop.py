@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from millrace import MillraceError, ProgramError, RuntimeClosedError, SamplingParams
+from millrace import CheckpointError, MillraceError, ProgramError, RuntimeClosedError, SamplingParams, StepError
 from millrace.runtime.handle import RequestHandle
 from millrace.runtime.logprobs import MAX_LOGPROBS, Scores
 from millrace.runtime.loop import StepLoop
@@ -64,7 +64,7 @@ def make_scores(logprob: np.ndarray) -> Scores:
 
 
 class FakeExecutor:
-    """Samples `token_at`. Its steps from `held_from` on wait for `open`."""
+    """Samples `token_at`, and 100 more for each version of the weights. Steps from `held_from` on wait for `open`."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -72,6 +72,8 @@ class FakeExecutor:
         self.fails_at: tuple[str, int] | None = None
         self.held_from: int | None = None
         self.open, self.waits = threading.Event(), threading.Event()
+        self.overlaps = True
+        self.weights = 0
 
     def run(self, plan: StepPlan) -> FakeResult:
         number = len(self.plans)
@@ -82,6 +84,8 @@ class FakeExecutor:
         self.log.append(f"run {number}")
         if self.fails_at == ("run", number):
             raise ProgramError("no program holds this step")
+        if self.fails_at == ("weights of", number):
+            raise StepError("layer 3 could not be read")
         sampled = np.full((plan.num_steps, CONFIG.num_shards, CONFIG.num_slots), -7)
         prompt = np.full((CONFIG.num_shards, CONFIG.max_step_tokens), 1000)  # the token after each of the step's
         for r, shard in enumerate(plan.shards):
@@ -95,7 +99,11 @@ class FakeExecutor:
                 targets = request.prompt_token_ids[chunk.start + 1 : end + 1]
                 prompt[r, first : first + len(targets)] = targets
                 sampled[0, r, row] = token_at(request.prompt_token_ids, chunk.sequence.index, end)
-        return FakeResult(self, number, sampled, prompt)
+        return FakeResult(self, number, np.where(sampled < 0, sampled, sampled + 100 * self.weights), prompt)
+
+    def swap(self) -> None:
+        self.log.append("swap")
+        self.weights += 1
 
 
 class Bench:
@@ -374,3 +382,189 @@ def test_threads_that_submit_cancel_and_close_leave_nobody_waiting(bench: Bench)
             assert not thread.is_alive()
     assert len(ended) == 20 * 7 and set(ended) <= {"abort", "length", "refused"}
     bench.assert_nothing_is_held()
+
+
+# ---- steps that are not computed, and steps that the host computes
+
+
+def test_a_step_that_cannot_be_computed_fails_the_requests_that_it_touched_and_no_others(bench: Bench) -> None:
+    bench.executor.fails_at = ("weights of", 2)
+    bench.hold()
+    touched = [bench.handle((i,), max_tokens=30) for i in range(3)] + [bench.handle((3,), max_tokens=30, n=2)]
+    waiting = bench.handle((5,), max_tokens=30)
+    bench.loop.submit([*touched, waiting])
+    bench.release()
+    for handle in touched:
+        with pytest.raises(MillraceError, match="layer 3"):
+            handle.result(WAIT_S)
+    assert bench.executor.log[:4] == ["run 0", "run 1", "read 0", "run 2"] and "read 2" not in bench.executor.log
+    assert tokens(waiting) == expected((5,), 30)
+    assert tokens(bench.submit((6,), max_tokens=30)) == expected((6,), 30)
+    bench.loop.close()
+    bench.assert_nothing_is_held()
+
+
+def test_what_was_in_flight_before_a_failed_step_is_delivered(bench: Bench) -> None:
+    bench.executor.fails_at = ("weights of", 2)
+    read: list[int] = []
+    with pytest.raises(MillraceError, match="layer 3"):
+        for piece in bench.submit((1,), max_tokens=30):
+            read += piece.outputs[0].token_ids
+    assert read == expected((1,), 3), "one token of step 0, two of step 1"
+
+
+def test_a_device_that_does_not_overlap_is_read_after_every_step(bench: Bench) -> None:
+    bench.executor.overlaps = False
+    handles = [bench.submit((i,), max_tokens=6 + i) for i in range(6)]
+    assert [tokens(handle) for handle in handles] == [expected((i,), 6 + i) for i in range(6)]
+    bench.loop.close()
+    runs = range(len(bench.executor.plans))
+    assert bench.executor.log == [f"{verb} {number}" for number in runs for verb in ("run", "read")]
+    bench.assert_nothing_is_held()
+
+
+def test_a_device_that_does_not_overlap_runs_no_surplus_step(bench: Bench) -> None:
+    bench.executor.overlaps = False
+    whole = expected((3,), 9)
+    assert tokens(bench.submit((3,), max_tokens=30, stop_ids=(whole[4],))) == whole[:5]
+    bench.loop.close()
+    assert len(bench.executor.plans) == 3, "one token, then two and two"
+
+
+# ---- new weights
+
+
+def with_versions(handle: RequestHandle) -> list[tuple[int, int]]:
+    """The version of each token as its piece has it, and as the token itself shows it; one continuation."""
+    pieces = [piece.outputs[0] for piece in handle]
+    return [(piece.weights_version, token // 100) for piece in pieces for token in piece.token_ids]
+
+
+def test_a_drained_update_waits_for_what_runs_and_holds_back_what_comes(bench: Bench) -> None:
+    bench.hold(2)
+    running = [bench.submit((i,), max_tokens=20 + i) for i in range(3)]
+    bench.await_step()
+    version = bench.loop.update_weights(bench.executor.swap, "drain")
+    later = bench.submit((9,), max_tokens=4)
+    bench.release()
+    assert version.result(WAIT_S) == 1 == bench.loop.weights_version
+    assert [with_versions(handle) for handle in running] == [[(0, 0)] * (20 + i) for i in range(3)]
+    assert with_versions(later) == [(1, 1)] * 4
+    output = later.result(WAIT_S).outputs[0]
+    assert (output.first_weights_version, output.weights_version) == (1, 1)
+
+
+def test_an_immediate_update_serves_the_next_step_of_what_runs(bench: Bench) -> None:
+    bench.hold(2)
+    handle = bench.submit((1,), max_tokens=20)
+    bench.await_step()
+    version = bench.loop.update_weights(bench.executor.swap, "immediate")
+    bench.release()
+    assert version.result(WAIT_S) == 1
+    assert with_versions(handle) == [(0, 0)] * 5 + [(1, 1)] * 15, "steps 0 to 2 bring one token, two and two"
+    output = handle.result(WAIT_S).outputs[0]
+    assert (output.first_weights_version, output.weights_version) == (0, 1)
+
+
+@pytest.mark.parametrize("running", ["drain", "immediate"])
+def test_what_a_request_declares_wins_over_the_update(bench: Bench, running: Any) -> None:
+    bench.hold(2)
+    drained = bench.submit((1,), max_tokens=20, on_weights_update="drain")
+    mixed = bench.submit((2,), max_tokens=60, on_weights_update="immediate")
+    bench.await_step()
+    version = bench.loop.update_weights(bench.executor.swap, running)
+    bench.release()
+    assert version.result(WAIT_S) == 1
+    assert with_versions(drained) == [(0, 0)] * 20
+    found = with_versions(mixed)
+    assert found == sorted(found) and found[20] == (0, 0) and found[-1] == (1, 1)
+
+
+def test_updates_happen_in_order(bench: Bench) -> None:
+    bench.hold(2)
+    handle = bench.submit((1,), max_tokens=30)
+    bench.await_step()
+    swapped: list[str] = []
+    versions = [
+        bench.loop.update_weights(lambda name=name: swapped.append(name), running)  # type: ignore[misc]
+        for name, running in (("first", "drain"), ("second", "immediate"), ("third", "drain"))
+    ]
+    bench.release()
+    assert [version.result(WAIT_S) for version in versions] == [1, 2, 3]
+    assert swapped == ["first", "second", "third"] and len(tokens(handle)) == 30
+
+
+def test_no_step_is_in_flight_while_weights_are_swapped(bench: Bench) -> None:
+    bench.hold(3)
+    handle = bench.submit((1,), max_tokens=30)
+    bench.await_step()
+    bench.loop.update_weights(bench.executor.swap, "immediate")
+    bench.release()
+    tokens(handle)
+    before = bench.executor.log[: bench.executor.log.index("swap")]
+    assert before[-1] == "read 3" and before[-3] == "run 3"
+
+
+def test_an_update_of_an_idle_loop_happens_at_once(bench: Bench) -> None:
+    assert bench.loop.update_weights(bench.executor.swap, "drain").result(WAIT_S) == 1
+    assert with_versions(bench.submit((1,), max_tokens=3)) == [(1, 1)] * 3
+
+
+def test_an_update_that_is_withdrawn_never_happens(bench: Bench) -> None:
+    bench.hold(2)
+    handles = [bench.submit((i,), max_tokens=20) for i in range(2)]
+    bench.await_step()
+    version = bench.loop.update_weights(bench.executor.swap, "drain")
+    handles.append(bench.submit((9,), max_tokens=20))
+    assert version.cancel()
+    bench.release()
+    assert [with_versions(handle) for handle in handles] == [[(0, 0)] * 20] * 3
+    assert "swap" not in bench.executor.log
+
+
+def test_an_update_that_is_refused_leaves_the_old_weights_to_all(bench: Bench) -> None:
+    def refuse() -> None:
+        raise CheckpointError("a chunk is missing")
+
+    bench.hold(2)
+    handle = bench.submit((1,), max_tokens=20)
+    bench.await_step()
+    version = bench.loop.update_weights(refuse, "immediate")
+    bench.release()
+    with pytest.raises(CheckpointError, match="a chunk is missing"):
+        version.result(WAIT_S)
+    assert with_versions(handle) == [(0, 0)] * 20 and bench.loop.weights_version == 0
+
+
+def test_an_update_that_breaks_half_way_ends_the_loop(bench: Bench) -> None:
+    def break_off() -> None:
+        raise OSError("half of it is there")
+
+    bench.hold(2)
+    handle = bench.submit((1,), max_tokens=20)
+    bench.await_step()
+    versions = [bench.loop.update_weights(swap, "immediate") for swap in (break_off, bench.executor.swap)]
+    bench.release()
+    for version in versions:
+        with pytest.raises(RuntimeClosedError, match="half of it is there"):
+            version.result(WAIT_S)
+    with pytest.raises(MillraceError, match="half of it is there"):
+        handle.result(WAIT_S)
+    with pytest.raises(RuntimeClosedError, match="open a new Runtime"):
+        bench.loop.update_weights(bench.executor.swap, "drain")
+
+
+def test_closing_refuses_the_updates_that_wait(bench: Bench) -> None:
+    bench.hold(2)
+    bench.submit((1,), max_tokens=60)
+    bench.await_step()
+    version = bench.loop.update_weights(bench.executor.swap, "drain")
+    closer = threading.Thread(target=bench.loop.close)
+    closer.start()
+    with bench.loop._changed:
+        assert bench.loop._changed.wait_for(lambda: bench.loop._is_closing, WAIT_S)
+    bench.release()
+    with pytest.raises(RuntimeClosedError, match="closed"):
+        version.result(WAIT_S)
+    closer.join(WAIT_S)
+    assert "swap" not in bench.executor.log

@@ -41,7 +41,7 @@ def test_a_later_setting_wins_and_keys_add_up():
         ("num_slots", "expected path=value"),
         ("num_slotz=3", "did you mean num_slots"),
         ("num_slots=3.5", "expected an integer"),
-        ("num_slots=none", "expected an integer"),
+        ("page_size=none", "expected an integer"),
         ("prefix_caching=maybe", "true or false"),
         ("mesh=data", "key=value"),
         ("mesh=data=x", "expected an integer"),

@@ -3,7 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from millrace.runtime.pages import ROOT_DIGEST, PagePool, page_digest
+from millrace.runtime.pages import PagePool, page_digest, root_digest
+
+ROOT = root_digest(0)
 
 
 def test_every_page_is_handed_out_once() -> None:
@@ -13,7 +15,7 @@ def test_every_page_is_handed_out_once() -> None:
 
 def test_a_remembered_page_is_found_until_it_is_taken_again() -> None:
     pool = PagePool(2)
-    page, digest = pool.take(), page_digest(ROOT_DIGEST, [1, 2])
+    page, digest = pool.take(), page_digest(ROOT, [1, 2])
     pool.remember(page, digest)
     pool.release([page])
     assert pool.find(digest) == page and pool.num_owners(page) == 1 and pool.num_free == 1
@@ -25,7 +27,7 @@ def test_a_remembered_page_is_found_until_it_is_taken_again() -> None:
 def test_pages_without_content_are_taken_before_findable_ones() -> None:
     pool = PagePool(3)
     known, unknown = pool.take(), pool.take()
-    pool.remember(known, page_digest(ROOT_DIGEST, [1]))
+    pool.remember(known, page_digest(ROOT, [1]))
     pool.release([known])
     pool.release([unknown])
     assert pool.take() == unknown and pool.take() != known and pool.take() == known
@@ -35,7 +37,7 @@ def test_the_least_recently_freed_content_goes_first_and_the_end_of_a_text_befor
     pool = PagePool(3)
     pages = [pool.take() for _ in range(3)]
     for i, page in enumerate(pages):
-        pool.remember(page, page_digest(ROOT_DIGEST, [i]))
+        pool.remember(page, page_digest(ROOT, [i]))
     pool.release(pages[2:])
     pool.release(pages[:2])
     assert [pool.take() for _ in range(3)] == [pages[2], pages[1], pages[0]]
@@ -43,7 +45,7 @@ def test_the_least_recently_freed_content_goes_first_and_the_end_of_a_text_befor
 
 def test_a_shared_page_is_free_only_when_its_last_owner_leaves() -> None:
     pool = PagePool(1)
-    page, digest = pool.take(), page_digest(ROOT_DIGEST, [3])
+    page, digest = pool.take(), page_digest(ROOT, [3])
     pool.remember(page, digest)
     assert pool.find(digest) == page and pool.num_owners(page) == 2
     pool.release([page])
@@ -54,16 +56,21 @@ def test_a_shared_page_is_free_only_when_its_last_owner_leaves() -> None:
 
 def test_a_page_keeps_the_content_that_was_stated_first() -> None:
     pool = PagePool(2)
-    page, digest, other = pool.take(), page_digest(ROOT_DIGEST, [1]), page_digest(ROOT_DIGEST, [2])
+    page, digest, other = pool.take(), page_digest(ROOT, [1]), page_digest(ROOT, [2])
     pool.remember(page, digest)
     pool.remember(page, other)
     assert pool.find(digest) == page and pool.find(other) is None
 
 
 def test_a_digest_depends_on_everything_before_the_page() -> None:
-    first = page_digest(ROOT_DIGEST, [1, 2])
-    assert page_digest(first, [3, 4]) != page_digest(page_digest(ROOT_DIGEST, [9, 2]), [3, 4])
-    assert page_digest(ROOT_DIGEST, [1, 23]) != page_digest(ROOT_DIGEST, [12, 3])
+    first = page_digest(ROOT, [1, 2])
+    assert page_digest(first, [3, 4]) != page_digest(page_digest(ROOT, [9, 2]), [3, 4])
+    assert page_digest(ROOT, [1, 23]) != page_digest(ROOT, [12, 3])
+
+
+def test_a_digest_depends_on_the_version_of_the_weights() -> None:
+    digests = {page_digest(root_digest(version), [1, 2]) for version in (0, 1, 2, 2**40)}
+    assert len(digests) == 4
 
 
 @given(num_pages=st.integers(1, 6), data=st.data())
@@ -76,7 +83,7 @@ def test_pages_are_free_owned_or_shared_and_found_by_their_own_content_alone(
     content: dict[int, bytes] = {}  # of the pages that can be found
     for _ in range(data.draw(st.integers(1, 40))):
         action = data.draw(st.sampled_from(["take", "remember", "find", "release"]))
-        digest = page_digest(ROOT_DIGEST, [data.draw(st.integers(0, 3))])
+        digest = page_digest(ROOT, [data.draw(st.integers(0, 3))])
         owned = {page for pages in held for page in pages}
         if action == "take" and pool.num_free:
             page = pool.take()

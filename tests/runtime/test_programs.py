@@ -12,7 +12,8 @@ from millrace.models.kv_cache import cache_spec
 from millrace.models.partition import partition
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.runtime.buckets import Bucket, make_buckets
-from millrace.runtime.programs import Programs, StepModel, compile_programs
+from millrace.runtime.programs import Programs, compile_programs
+from millrace.runtime.steps import StepModel
 from millrace.sharding.mesh import make_mesh
 
 
@@ -30,7 +31,7 @@ CONFIG = ModelConfig(
 BUCKETS = (Bucket(True, 4, 4), Bucket(False, 16, 4))
 
 
-def compiled(mesh_sizes: dict[str, int]) -> tuple[StepModel, Programs]:
+def compiled(mesh_sizes: dict[str, int], *, streams: bool = False) -> tuple[StepModel, Programs]:
     placement = partition(CONFIG, make_mesh(mesh_sizes))
     model = StepModel(
         decoder=AbstractDecoder(CONFIG, jnp.dtype("float32")),
@@ -42,7 +43,7 @@ def compiled(mesh_sizes: dict[str, int]) -> tuple[StepModel, Programs]:
         max_context_len=256,
         max_decode_steps=4,
     )
-    return model, compile_programs(model, BUCKETS, show_progress=False)
+    return model, compile_programs(model, BUCKETS, streams=streams, show_progress=False)
 
 
 @pytest.fixture(scope="module", params=[{}, {"data": 2, "tensor": 4}], ids=["one device", "data 2 x tensor 4"])
@@ -88,3 +89,12 @@ def test_buckets_cover_every_step_up_to_the_limits() -> None:
     buckets = make_buckets(num_slots=33, max_step_tokens=700)
     assert max(b.num_tokens for b in buckets if b.is_decode) == 33
     assert max(b.num_tokens for b in buckets if not b.is_decode) == 700
+
+
+def test_a_streamed_layer_updates_the_cache_in_place_and_layers_of_one_kind_share_a_program() -> None:
+    model, made = compiled({}, streams=True)
+    for bucket, step in made.steps.items():
+        assert len(step.layers) == 8 and len(set(map(id, step.layers))) == 2, "WIDE and LOCAL"
+        memory = step.layers[0].memory_analysis()
+        assert memory.alias_size_in_bytes >= model.cache.num_bytes, f"{bucket}: the cache is not updated in place"
+        assert memory.temp_size_in_bytes < model.cache.num_bytes / 4, f"{bucket}: {memory}"

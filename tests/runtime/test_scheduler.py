@@ -52,6 +52,7 @@ def expected_tokens(request: Request, index: int) -> list[int]:
 
 
 VERY_MANY = 10**6
+MIXED = -1
 
 
 class Device:
@@ -61,6 +62,8 @@ class Device:
         self.page_size = config.page_size
         self.cache: dict[tuple[int, int, int], tuple[int, int]] = {}
         self.last_token: dict[tuple[int, int], int] = {}
+        self.weights_version = 0
+        self.written_with: dict[tuple[int, int, int], int] = {}
 
     def run(self, plan: StepPlan) -> np.ndarray:
         rows = max(shard.num_rows for shard in plan.shards)
@@ -80,6 +83,9 @@ class Device:
                 for position in range(chunk.start, end):
                     self.write(r, table, position, chunk.sequence.tokens[position])
                 assert self.read(r, table, end) == chunk.sequence.tokens[:end], "found pages hold other tokens"
+                found = range(chunk.start if chunk.sequence in plan.admitted else 0)
+                versions = {self.written_with[self.place(r, table, position)] for position in found}
+                assert versions <= {self.weights_version}, "found pages are of other weights"
                 if chunk.samples:
                     token = next_token(self.read(r, table, end), chunk.sequence.index)
                     self.last_token[r, chunk.slot] = tokens[0, r, row] = token
@@ -88,6 +94,9 @@ class Device:
     def write(self, shard: int, table: np.ndarray, position: int, token: int) -> None:
         before = self.cache.get(self.place(shard, table, position - 1), (-1, -1))[1] if position else 0
         self.cache[self.place(shard, table, position)] = (token, hash((before, token)))
+        version = self.weights_version  # what depends on keys of other weights is as bad as they are
+        is_pure = not position or self.written_with.get(self.place(shard, table, position - 1)) == version
+        self.written_with[self.place(shard, table, position)] = version if is_pure else MIXED
 
     def place(self, shard: int, table: np.ndarray, position: int) -> tuple[int, int, int]:
         return shard, int(table[position // self.page_size]), position % self.page_size
@@ -130,6 +139,7 @@ class Play:
     arrivals: list[tuple[int, Request]]
     cancellations: dict[int, int]  # step -> number of a sequence
     stop_strings: dict[int, int] = dataclasses.field(default_factory=dict)  # number of a sequence -> tokens it has then
+    updates: dict[int, str] = dataclasses.field(default_factory=dict)  # of the weights: step -> "drain" or "immediate"
 
     def run(self) -> tuple[Scheduler, list[Sequence], list[StepPlan]]:
         scheduler, device = Scheduler(self.config), Device(self.config)
@@ -137,12 +147,21 @@ class Play:
         sequences: list[Sequence] = []
         plans: list[StepPlan] = []
         in_flight: tuple[StepPlan, np.ndarray] | None = None
+        updates: list[str] = []
         waiting = sorted(self.arrivals, key=lambda arrival: arrival[0])
         for step in range(4000):
             while waiting and waiting[0][0] <= step:
                 sequences += scheduler.add(waiting.pop(0)[1])
             if self.cancellations.get(step, len(sequences)) < len(sequences):
                 scheduler.finish(sequences[self.cancellations[step]], "abort")
+            updates += [self.updates[step]] if step in self.updates else []
+            while updates and (updates[0] == "immediate" or not any(scheduler.started())):
+                if in_flight is not None:
+                    self.commit(scheduler, sequences, in_flight)
+                in_flight = None
+                scheduler.weights_version = device.weights_version = scheduler.weights_version + 1
+                updates.pop(0)
+            scheduler.starts_requests = not updates
             plan = scheduler.plan()
             if plan is not None:
                 check_pages(scheduler, plan)
@@ -152,14 +171,17 @@ class Play:
                 plans.append(plan)
             tokens = device.run(plan) if plan is not None else None
             if in_flight is not None:
-                for progress in scheduler.commit(*in_flight):
-                    number = sequences.index(progress.sequence)
-                    if progress.sequence.num_generated >= self.stop_strings.get(number, VERY_MANY):
-                        scheduler.finish(progress.sequence, "stop", "a string")
+                self.commit(scheduler, sequences, in_flight)
             in_flight = (plan, tokens) if plan is not None and tokens is not None else None
             if plan is None and in_flight is None and not waiting and not scheduler.num_waiting:
                 return scheduler, sequences, plans
         raise AssertionError("the loop does not end")
+
+    def commit(self, scheduler: Scheduler, sequences: list[Sequence], step: tuple[StepPlan, np.ndarray]) -> None:
+        for progress in scheduler.commit(*step):
+            number = sequences.index(progress.sequence)
+            if progress.sequence.num_generated >= self.stop_strings.get(number, VERY_MANY):
+                scheduler.finish(progress.sequence, "stop", "a string")
 
 
 @st.composite
@@ -190,7 +212,8 @@ def plays(draw: st.DrawFn) -> Play:
         arrivals.append((draw(st.integers(0, 12)), request(prompt, max_new, n=draw(st.integers(1, 3)))))
     cancellations = draw(st.dictionaries(st.integers(0, 30), st.integers(0, 9), max_size=3))
     stop_strings = draw(st.dictionaries(st.integers(0, 9), st.integers(1, 6), max_size=3))
-    return Play(config, arrivals, cancellations, stop_strings)
+    updates = draw(st.dictionaries(st.integers(0, 20), st.sampled_from(["drain", "immediate"]), max_size=3))
+    return Play(config, arrivals, cancellations, stop_strings, updates)
 
 
 @given(plays())
@@ -209,6 +232,14 @@ def test_every_sequence_ends_with_its_own_tokens_and_no_page_is_leaked(play: Pla
     for shard in scheduler.shards:
         assert shard.pool.num_free == shard.pool.num_pages
         assert sorted(shard.free_slots) == list(range(play.config.num_slots))
+
+
+@given(plays())
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_what_starts_before_a_drained_update_ends_on_the_old_weights(play: Play) -> None:
+    play.updates = dict.fromkeys(play.updates, "drain")
+    for sequence in play.run()[1]:
+        assert sequence.first_weights_version == sequence.weights_version
 
 
 @given(plays())
@@ -289,6 +320,27 @@ def test_who_asks_for_prompt_logprobs_gets_every_prompt_token_computed() -> None
     asked = dataclasses.replace(asked, params=asked.params.replace(prompt_logprobs=1))
     _, sequences, _ = Play(CONFIG, [(0, request(prompt, 2)), (10, asked)], {}).run()
     assert [s.num_cached_tokens for s in sequences] == [0, 0]
+
+
+@pytest.mark.parametrize("update_at", [5, 25])  # while the first one is in the middle of it, and after its end
+def test_pages_of_old_weights_are_not_found_by_what_starts_later(update_at: int) -> None:
+    prompt = [1, 2, 3, 4] * 3
+    arrivals = [(0, request(prompt, 12, stops=False)), (30, request(prompt, 2)), (40, request(prompt, 2))]
+    sequences = Play(CONFIG, arrivals, {}, updates={update_at: "immediate"}).run()[1]
+    assert [s.num_cached_tokens for s in sequences] == [0, 0, 8]
+
+
+def test_a_request_starts_as_a_whole_before_an_update_or_after_it() -> None:
+    arrivals = [(0, request([1], 9, n=7, stops=False)), (0, request([2], 9, stops=False))]
+    sequences = Play(CONFIG, arrivals, {}, updates={1: "drain"}).run()[1]
+    assert [s.weights_version for s in sequences] == [0] * 7 + [1]
+
+
+def test_a_preempted_sequence_ends_on_its_weights_before_a_drained_update() -> None:
+    small = dataclasses.replace(CONFIG, num_pages=8)
+    arrivals = [(0, request([i] * 8, 20, stops=False)) for i in range(3)]
+    sequences = Play(small, arrivals, {}, updates={3: "drain"}).run()[1]
+    assert [(s.num_preemptions > 0, s.weights_version) for s in sequences] == [(False, 0), (True, 0), (True, 0)]
 
 
 def test_without_prefix_caching_nothing_is_found() -> None:

@@ -10,7 +10,7 @@ from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfi
 from millrace.models.kv_cache import cache_spec
 from millrace.models.partition import partition
 from millrace.runtime import host_memory
-from millrace.runtime.sizes import CacheSize, resolve, size_cache
+from millrace.runtime.sizes import CacheSize, resolve, size_cache, weights_budget
 from millrace.sharding.mesh import make_mesh
 from millrace.sharding.rules import Placement
 
@@ -128,6 +128,26 @@ def test_resolve_fills_in_what_was_left_open() -> None:
     assert (done.dtype, done.kv_cache_dtype) == ("float32", "float32")
     assert done.max_context_len == 1000 and done.max_step_tokens == 800
     assert resolve(RuntimeConfig(), MODEL, np.dtype("float32")).max_step_tokens == 512
+
+
+def test_streamed_weights_get_large_steps_of_many_sequences() -> None:
+    done = resolve(RuntimeConfig(weights="stream"), MODEL, np.dtype("float32"))
+    assert (done.num_slots, done.max_step_tokens, done.max_decode_steps) == (64, 2048, 1)
+    chosen = resolve(RuntimeConfig(weights="stream", num_slots=3, max_step_tokens=9), MODEL, np.dtype("float32"))
+    assert (chosen.num_slots, chosen.max_step_tokens) == (3, 9)
+
+
+def test_default_slots_leave_room_for_prompts_in_a_small_step() -> None:
+    done = resolve(RuntimeConfig(max_step_tokens=20), MODEL, np.dtype("float32"))
+    assert (done.num_slots, done.max_step_tokens) == (10, 20)
+
+
+def test_streamed_weights_get_half_of_the_memory_unless_told(memory: Memory) -> None:
+    memory.has(10**9)
+    config = RuntimeConfig(weights="stream")
+    assert weights_budget(config, placement()) == 5 * 10**8
+    assert weights_budget(config, placement(tensor=2)) == 25 * 10**7
+    assert weights_budget(config.replace(weights_memory=77), placement()) == 77
 
 
 def test_resolve_keeps_what_was_chosen() -> None:

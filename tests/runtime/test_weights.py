@@ -10,12 +10,12 @@ from millrace.errors import CheckpointError
 from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, RopeSpec
 from millrace.models.families.plan import LeafPlan, Piece
 from millrace.models.families.source import Source
-from millrace.runtime import store_writer, weights
+from millrace.runtime import weights
 from millrace.runtime.checkpoint import open_checkpoint
 from millrace.runtime.param_tree import flatten
 from millrace.runtime.store import open_store
 from millrace.runtime.store_writer import save_store
-from millrace.runtime.weights import checkpoint_leaves, load_params, place_leaves
+from millrace.runtime.weights import checkpoint_leaves, load_params, place_leaves, store_leaves
 from millrace.sharding.mesh import make_mesh
 from millrace.sharding.rules import Placement
 from millrace.sharding.specs import ParamSpec
@@ -152,32 +152,52 @@ MODEL = ModelConfig(
 )
 
 
+def save(path, params):
+    """A store of these arrays, stacked ones with a chunk for each layer."""
+    axes = {2: ("mlp", "embed"), 3: ("layers", "mlp", "embed"), 4: ("layers", "experts", "mlp", "embed")}
+    specs = jax.tree.map(lambda a: ParamSpec(a.shape, a.dtype, axes[a.ndim]), params)
+    save_store(path, params, specs, {}, {})
+
+
 def load_store(path, specs=None):
     return load_params(open_store(path), MODEL, specs or make_specs(), Placement(make_mesh()), show_progress=False)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.usefixtures("way")
-def test_store_is_placed_in_the_dtype_asked_for(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_writer, "CHUNK_BYTES", 200)  # a file per layer
-    save_store(tmp_path / "store", EXPECTED, {}, {})
-    equals(load_store(tmp_path / "store", make_specs(dtype)), dtype=dtype)
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by layer"])
+def test_store_is_placed_in_the_dtype_asked_for(dtype, whole, tmp_path):
+    save(tmp_path / "store", EXPECTED)
+    leaves = list(store_leaves(open_store(tmp_path / "store"), make_specs(dtype), whole=whole))
+    equals(place(leaves), dtype=dtype)
+
+
+def test_loading_stops_where_it_is_told_to(tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    save(tmp_path / "store", EXPECTED)
+    with pytest.raises(KeyboardInterrupt):
+        load_params(
+            open_store(tmp_path / "store"), MODEL, make_specs(), Placement(make_mesh()), show_progress=False,
+            on_part=stop,
+        )  # fmt: skip
 
 
 def test_store_with_another_shape_is_refused(tmp_path):
-    save_store(tmp_path / "store", EXPECTED | {"up": EXPECTED["up"][:2]}, {}, {})
+    save(tmp_path / "store", EXPECTED | {"up": EXPECTED["up"][:2]})
     with pytest.raises(CheckpointError, match=r"asks for \[3, 6, 4\] in up; the store has \[2, 6, 4\]"):
         load_store(tmp_path / "store")
 
 
 def test_store_of_other_kinds_of_number_is_refused(tmp_path):
-    save_store(tmp_path / "store", EXPECTED | {"up": EXPECTED["up"].astype(np.int8)}, {}, {})
+    save(tmp_path / "store", EXPECTED | {"up": EXPECTED["up"].astype(np.int8)})
     with pytest.raises(CheckpointError, match="expected up as float32; the store has int8"):
         load_store(tmp_path / "store")
 
 
 def test_store_of_other_parameters_is_refused(tmp_path):
-    save_store(tmp_path / "store", {"embed": EXPECTED["embed"], "down": EXPECTED["up"]}, {}, {})
+    save(tmp_path / "store", {"embed": EXPECTED["embed"], "down": EXPECTED["up"]})
     with pytest.raises(CheckpointError, match=r"it lacks \['moe', 'up'\] and has besides \['down'\]"):
         load_store(tmp_path / "store")
 
@@ -185,7 +205,7 @@ def test_store_of_other_parameters_is_refused(tmp_path):
 def test_load_params_has_the_tree_of_its_specs(tmp_path):
     nested = {"a": {"embed": EXPECTED["embed"]}, "b": {"0": {"up": EXPECTED["up"]}}}
     specs = {"a": {"embed": make_specs()["embed"]}, "b": {"0": {"up": make_specs()["up"]}}}
-    save_store(tmp_path / "store", nested, {}, {})
+    save(tmp_path / "store", nested)
     params = load_store(tmp_path / "store", specs)
     assert jax.tree.structure(params) == jax.tree.structure(nested)
     equals(flatten(params)[0], flatten(nested)[0])
@@ -244,7 +264,7 @@ def test_second_leaf_of_a_shape_compiles_nothing(tmp_path, monkeypatch):
 def test_each_device_gets_its_shard(from_store, tmp_path):
     placement = Placement(make_mesh({"data": 2, "tensor": 2, "expert": 2}))
     if from_store:
-        save_store(tmp_path / "store", EXPECTED, {}, {})
+        save(tmp_path / "store", EXPECTED)
         placed = load_params(open_store(tmp_path / "store"), MODEL, make_specs(), placement, show_progress=False)
     else:
         leaves = list(checkpoint_leaves(make_checkpoint(tmp_path), PLAN, make_specs()))

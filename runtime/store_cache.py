@@ -1,0 +1,115 @@
+"""Stores of checkpoints that were opened before: converted on first use, then loaded from here.
+
+A folder each, named by the checkpoint and a digest of all that its store depends on, so that a checkpoint that
+changes gets another. Processes that want the same one at once wait for the first.
+"""
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CheckpointError, ConfigError
+from ..models.config import ModelConfig
+from .checkpoint import Checkpoint
+from .convert import fingerprint, source_name, write_store
+from .json_files import read_object
+from .spelling import nearest
+from .store import Store, open_store
+from .store_format import FORMAT_VERSION, MANIFEST_FILE, to_json
+from .store_journal import exclusively
+from .store_root import open_root
+
+_KEY_LEN = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedStore:
+    """A folder of the cache; `source` and `dtype` are None where the conversion was interrupted."""
+
+    path: Path
+    source: str | None
+    dtype: str | None
+    num_bytes: int
+    age_s: float
+
+    @property
+    def name(self) -> str:
+        """What `millrace cache` calls it."""
+        return self.path.name
+
+
+def cached_store(
+    checkpoint: Checkpoint, model: ModelConfig, dtype: np.dtype, cache_dir: Path, *, show_progress: bool
+) -> Store:
+    """The store of a checkpoint in `dtype`, converted below `cache_dir` if it is not there; says so on stderr.
+
+    Raises:
+      CheckpointError: the checkpoint cannot be converted, or the cache not written or not trusted; names the options.
+    """
+    place = cache_dir / _folder_name(checkpoint, dtype)
+    try:
+        if os.path.lexists(place / MANIFEST_FILE):
+            return open_store(place)
+        print(
+            f"millrace: converting {checkpoint.path} into a store, once, in {place} (--no-store loads it directly)",
+            file=sys.stderr,
+        )
+        return write_store(checkpoint, model, dtype, place, show_progress=show_progress)
+    except CheckpointError as error:
+        if str(place) not in str(error):
+            raise  # it is the checkpoint that is wrong
+        raise CheckpointError(
+            f"{error} This is the cache of converted checkpoints: --store_cache_dir=DIR puts it elsewhere, --no-store "
+            f"loads the checkpoint directly, and millrace cache remove {place.name} begins again."
+        ) from error
+
+
+def _folder_name(checkpoint: Checkpoint, dtype: np.dtype) -> str:
+    """The checkpoint's name for people, and a digest of all that its store depends on."""
+    name = str(source_name(checkpoint)["name"]).replace("/", "--")
+    parts = {"path": str(checkpoint.path), "files": fingerprint(checkpoint), "dtype": str(dtype)}
+    digest = hashlib.sha256(to_json({**parts, "version": FORMAT_VERSION})).hexdigest()
+    return f"{name}-{digest[:_KEY_LEN]}"
+
+
+def list_cached(cache_dir: Path) -> list[CachedStore]:
+    """Every folder of the cache, by name."""
+    folders = sorted(folder for folder in cache_dir.iterdir() if folder.is_dir()) if cache_dir.is_dir() else []
+    return [_cached(folder) for folder in folders]
+
+
+def _cached(folder: Path) -> CachedStore:
+    manifest_file = folder / MANIFEST_FILE
+    manifest = read_object(manifest_file) if manifest_file.exists() else {}
+    source = manifest.get("source") or {}
+    revision = f" at {source['revision']}" if source.get("revision") else ""
+    num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    written_s = (manifest_file if manifest else folder).stat().st_mtime
+    name = f"{source.get('name')}{revision}" if manifest else None
+    return CachedStore(folder, name, manifest.get("dtype"), num_bytes, max(0.0, time.time() - written_s))
+
+
+def find_cached(cache_dir: Path, names: Sequence[str]) -> list[CachedStore]:
+    """The folders of these names.
+
+    Raises:
+      ConfigError: there is none of a name.
+    """
+    found = {store.name: store for store in list_cached(cache_dir)}
+    for name in names:
+        if name not in found:
+            raise ConfigError(f"expected the name of a store in {cache_dir}; got {name!r}: {nearest(name, found)}")
+    return [found[name] for name in names]
+
+
+def remove_cached(store: CachedStore) -> None:
+    """Remove a folder of the cache, after whoever converts into it."""
+    with exclusively(open_root(store.path)):
+        shutil.rmtree(store.path)
