@@ -326,6 +326,7 @@ def unprivileged():
 @pytest.fixture
 def readable_but_for(saved):
     """Opens the way to the store for everybody, and closes one file of it."""
+    open_store(saved).read(QUERY, SECOND_LAYER)  # imports what nobody else may read
     for folder in (saved, *saved.parents):
         mode = folder.stat().st_mode
         if mode & 0o055 != 0o055:
