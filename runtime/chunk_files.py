@@ -22,7 +22,7 @@ from .store_format import ArrayEntry, Region
 _PIECE_BYTES = 1 << 20  # read at once, and checked while the processor's cache still holds it
 _BLOCK_BYTES = 4096  # direct I/O: files, buffers and sizes in multiples of it
 _CRC_BYTES = 4
-_NUM_READERS = 8  # pieces on their way from the disk at once
+_NUM_READERS = 4  # chunks on their way from the disk at once
 
 
 class ChunkFiles:
@@ -79,7 +79,7 @@ def read_chunk(file: Path, out: np.ndarray, *, direct: bool) -> None:
         expected, found = out.size + _CRC_BYTES, os.fstat(fd).st_size
         if found != expected:
             raise ValueError(f"{file} is damaged: it has {found:,} bytes, and should have {expected:,}")
-        crc, stored = _read_and_sum(fd, out, direct)
+        crc, stored = _read_direct(fd, out) if direct else _read_cached(fd, out)
     finally:
         os.close(fd)
     if crc != stored:
@@ -97,21 +97,33 @@ def _open(file: Path, direct: bool) -> int:
         raise ValueError(f"{file}: {reason}") from error
 
 
-def _read_and_sum(fd: int, out: np.ndarray, direct: bool) -> tuple[int, int]:
+def _read_cached(fd: int, out: np.ndarray) -> tuple[int, int]:
     """Fill `out` piece by piece; the CRC32C of its bytes, and the one that follows them."""
+    crc, tail = 0, np.empty(_CRC_BYTES, np.uint8)
+    for start in range(0, max(out.size, 1), _PIECE_BYTES):
+        piece = out[start : start + _PIECE_BYTES]
+        is_last = start + _PIECE_BYTES >= out.size
+        num_read = os.preadv(fd, [piece, tail] if is_last else [piece], start)
+        if num_read < piece.size + (tail.size if is_last else 0):
+            raise ValueError("the file is damaged: it became shorter while it was read")
+        crc = google_crc32c.extend(crc, piece)
+    return crc, int.from_bytes(tail.tobytes(), "little")
+
+
+def _read_direct(fd: int, out: np.ndarray) -> tuple[int, int]:
+    """As `_read_cached`, in whole blocks: what does not fill a piece of an aligned `out` goes through a buffer."""
     scratch = aligned_empty(_PIECE_BYTES, _BLOCK_BYTES)
-    fits_in_place = not direct or out.ctypes.data % _BLOCK_BYTES == 0
-    crc, tail, start, end = 0, b"", 0, out.size + _CRC_BYTES
-    while start < end:
-        in_place = fits_in_place and start + _PIECE_BYTES <= out.size
+    is_aligned = out.ctypes.data % _BLOCK_BYTES == 0
+    crc, tail, end = 0, b"", out.size + _CRC_BYTES
+    for start in range(0, end, _PIECE_BYTES):
+        in_place = is_aligned and start + _PIECE_BYTES <= out.size
         piece = out[start : start + _PIECE_BYTES] if in_place else scratch
-        num_read = os.preadv(fd, [piece.data], start)
-        if num_read == 0 or (direct and num_read < piece.size and start + num_read < end):
+        num_read = os.preadv(fd, [piece], start)
+        if num_read < min(_PIECE_BYTES, end - start):
             raise ValueError("the file is damaged: it became shorter while it was read")
         values = piece[: min(num_read, max(out.size - start, 0))]
         if not in_place:
             out[start : start + values.size] = values
         crc = google_crc32c.extend(crc, values)
         tail += piece[values.size : num_read].tobytes()
-        start += num_read
     return crc, int.from_bytes(tail, "little")

@@ -30,7 +30,7 @@ TREE_FILE = f"{PARAMS_FOLDER}/_METADATA"
 FORMAT_NAME = "millrace-store"
 FORMAT_VERSION = 2
 PLAIN = "plain"  # the layout [out, in]
-MAX_PIECES = 16  # of one axis
+MAX_PIECES = 8  # of one axis: what a tensor axis may ask for, in chunks as large as can be
 _DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 
 type Region = tuple[slice, ...]  # one slice per dimension, with start and stop
