@@ -2,7 +2,8 @@
 
 import dataclasses
 import threading
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from .param_tree import flatten
 from .programs import Programs, compile_programs
 from .request import RequestLimits
 from .scheduler import Scheduler, SchedulerConfig
-from .sizes import resolve, size_cache, weights_budget
+from .sizes import check_host_memory, resolve, size_cache, weights_budget
 from .steps import StepModel
 from .store import Store
 from .store_cache import cached_store
@@ -62,6 +63,9 @@ def assemble(config: RuntimeConfig) -> Engine:
         sizes = plan_stream(decoder, placement, weights_budget(config, placement))
         config = config.replace(weights_memory=sizes.num_bytes)
     weight_bytes = sizes.num_bytes if sizes else _device_bytes(decoder, placement)
+    if config.weights == "host":
+        check_host_memory(sum(spec.num_bytes for spec in flatten(decoder.specs)[0].values()))
+        weight_bytes = _device_bytes(decoder, placement) if placement.on_host else weight_bytes
     cache_size = size_cache(config, source.config, placement, weight_bytes)
     config = config.replace(kv_cache_bytes=cache_size.num_pages * cache_size.page_bytes)
     source = _with_weights(source, config, dtype)
@@ -102,7 +106,9 @@ def _with_weights(source: ModelSource, config: RuntimeConfig, dtype: np.dtype) -
 
 def _is_direct(config: RuntimeConfig, store: Store) -> bool:
     """Whether to read past the page cache: where it holds nothing yet, or could not hold what every step reads."""
-    if config.weights_io != "auto":
+    if config.weights_io == "direct" and store.root.folder is None:
+        raise ConfigError(f"weights_io=direct goes with a store on this machine's disks; {store.url} is elsewhere.")
+    if config.weights_io != "auto" or store.root.folder is None:
         return config.weights_io == "direct"
     if config.weights == "stream":
         return store.num_bytes > host_memory.available_bytes()
@@ -137,25 +143,8 @@ def _load_and_compile(
         if is_given_up.is_set():
             raise CancelledError
 
-    def load() -> Params | StreamedParams:
-        if sizes is None:
-            specs = model.decoder.specs
-            return load_params(
-                source.weights, source.config, specs, model.placement, show_progress=config.progress, on_part=on_part
-            )
-        assert isinstance(source.weights, Store)
-        return open_stream(
-            source.weights,
-            model.decoder,
-            model.placement,
-            sizes,
-            in_host_memory=config.weights == "host",
-            show_progress=config.progress,
-            on_part=on_part,
-        )
-
     with ThreadPoolExecutor(1, thread_name_prefix="millrace-load") as loader:
-        loading = loader.submit(load)
+        loading = loader.submit(_load, source, model, sizes, config, on_part)
 
         def before_each() -> None:
             if loading.done():
@@ -169,7 +158,34 @@ def _load_and_compile(
             return loading.result(), programs
         except BaseException:
             is_given_up.set()
+            loading.add_done_callback(_close_stream)
             raise
+
+
+def _load(
+    source: ModelSource,
+    model: StepModel,
+    sizes: StreamSizes | None,
+    config: RuntimeConfig,
+    on_part: Callable[[], None],
+) -> Params | StreamedParams:
+    """The weights, or as much of them as stays while the rest is streamed."""
+    progress, placement = config.progress, model.placement
+    if sizes is None:
+        specs = model.decoder.specs
+        return load_params(source.weights, source.config, specs, placement, show_progress=progress, on_part=on_part)
+    assert isinstance(source.weights, Store)
+    in_host_memory = config.weights == "host"
+    return open_stream(
+        source.weights, model.decoder, placement, sizes, in_host_memory=in_host_memory, show_progress=progress,
+        on_part=on_part,
+    )  # fmt: skip
+
+
+def _close_stream(loading: "Future[Params | StreamedParams]") -> None:
+    """Let go of what was loaded for nothing."""
+    if loading.exception() is None and isinstance(params := loading.result(), StreamedParams):
+        params.stream.close()
 
 
 def _scheduler(config: RuntimeConfig, placement: Placement, num_pages: int) -> Scheduler:

@@ -19,7 +19,6 @@ import numpy as np
 from .safetensors_file import aligned_empty
 from .store_format import ArrayEntry, Region
 
-_PIECE_BYTES = 1 << 20  # read at once, and checked while the processor's cache still holds it
 _BLOCK_BYTES = 4096  # direct I/O: files, buffers and sizes in multiples of it
 _CRC_BYTES = 4
 _NUM_READERS = 4  # chunks on their way from the disk at once
@@ -98,32 +97,32 @@ def _open(file: Path, direct: bool) -> int:
 
 
 def _read_cached(fd: int, out: np.ndarray) -> tuple[int, int]:
-    """Fill `out` piece by piece; the CRC32C of its bytes, and the one that follows them."""
-    crc, tail = 0, np.empty(_CRC_BYTES, np.uint8)
-    for start in range(0, max(out.size, 1), _PIECE_BYTES):
-        piece = out[start : start + _PIECE_BYTES]
-        is_last = start + _PIECE_BYTES >= out.size
-        num_read = os.preadv(fd, [piece, tail] if is_last else [piece], start)
-        if num_read < piece.size + (tail.size if is_last else 0):
-            raise ValueError("the file is damaged: it became shorter while it was read")
-        crc = google_crc32c.extend(crc, piece)
-    return crc, int.from_bytes(tail.tobytes(), "little")
+    """Fill `out` in one read; the CRC32C of its bytes, and the one that follows them."""
+    tail = np.empty(_CRC_BYTES, np.uint8)
+    _fill(fd, [out, tail], out.size + tail.size)
+    return google_crc32c.value(out), int.from_bytes(tail.tobytes(), "little")
 
 
 def _read_direct(fd: int, out: np.ndarray) -> tuple[int, int]:
-    """As `_read_cached`, in whole blocks: what does not fill a piece of an aligned `out` goes through a buffer."""
-    scratch = aligned_empty(_PIECE_BYTES, _BLOCK_BYTES)
+    """As `_read_cached`, in whole blocks: what does not fill one, all of an unaligned `out`, goes through a buffer."""
     is_aligned = out.ctypes.data % _BLOCK_BYTES == 0
-    crc, tail, end = 0, b"", out.size + _CRC_BYTES
-    for start in range(0, end, _PIECE_BYTES):
-        in_place = is_aligned and start + _PIECE_BYTES <= out.size
-        piece = out[start : start + _PIECE_BYTES] if in_place else scratch
-        num_read = os.preadv(fd, [piece], start)
-        if num_read < min(_PIECE_BYTES, end - start):
+    body = out[: out.size // _BLOCK_BYTES * _BLOCK_BYTES if is_aligned else 0]
+    rest = out.size - body.size
+    blocks = aligned_empty(-(-(rest + _CRC_BYTES) // _BLOCK_BYTES) * _BLOCK_BYTES, _BLOCK_BYTES)
+    _fill(fd, [body, blocks], out.size + _CRC_BYTES)
+    out[body.size :] = blocks[:rest]
+    return google_crc32c.value(out), int.from_bytes(blocks[rest : rest + _CRC_BYTES].tobytes(), "little")
+
+
+def _fill(fd: int, buffers: list[np.ndarray], num_bytes: int) -> None:
+    """Read a file's start into buffers that follow each other; the system reads 2 GiB at once at most."""
+    done = 0
+    while done < num_bytes:
+        left, skip = [], done
+        for buffer in buffers:
+            left += [buffer[skip:]] if skip < buffer.size else []
+            skip = max(skip - buffer.size, 0)
+        num_read = os.preadv(fd, left, done)
+        if num_read == 0:
             raise ValueError("the file is damaged: it became shorter while it was read")
-        values = piece[: min(num_read, max(out.size - start, 0))]
-        if not in_place:
-            out[start : start + values.size] = values
-        crc = google_crc32c.extend(crc, values)
-        tail += piece[values.size : num_read].tobytes()
-    return crc, int.from_bytes(tail, "little")
+        done += num_read

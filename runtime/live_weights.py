@@ -120,7 +120,7 @@ class LiveWeights:
 
         def placed() -> Iterator[tuple[str, jax.Array]]:
             nonlocal is_begun
-            for leaf in leaves:
+            for leaf in sorted(leaves, key=lambda leaf: -leaf.spec.num_bytes):  # what has no room fails first
                 array = ready.get(leaf.path)
                 if array is None:
                     array = place_leaves([leaf], self._executor.placement, show_progress=False)[leaf.path]

@@ -93,6 +93,7 @@ class StreamedStep:
                 reason = f"the weights of layer {number} could not be read: {error}"
                 raise StepInterrupted(reason, DeviceState(cache, slots)) from error
             x, cache = layer(weights, x, cache, self.layer_numbers[number], control)
+            del weights  # the room's arrays, where they are the device's, must go before it is filled again
             params.stream.give_back(number, after=x)
         slots, outputs = self.head(params.top, slots, x, control)
         return DeviceState(cache, slots), outputs

@@ -79,6 +79,16 @@ def weights_budget(config: RuntimeConfig, placement: Placement) -> int:
     return total // 2
 
 
+def check_host_memory(weight_bytes: int) -> None:
+    """Raises OutOfMemoryError unless the host can keep all the weights."""
+    available = host_memory.available_bytes()
+    if weight_bytes > available:
+        raise OutOfMemoryError(
+            f"weights=host keeps {weight_bytes:,} bytes of weights in the host's memory; {available:,} are there. Use "
+            "weights=stream, which reads them from disk."
+        )
+
+
 def size_cache(config: RuntimeConfig, model: ModelConfig, placement: Placement, weight_bytes: int) -> CacheSize:
     """Pages for every slot at full length if there is room, else as many as fit; `weight_bytes` is of one device.
 

@@ -36,7 +36,7 @@ from .store_format import (
     parse_file_entry,
     to_json,
 )
-from .store_root import StoreRoot, is_url, open_root
+from .store_root import STALL_S, StoreRoot, is_url, open_root
 
 __all__ = ["ArrayEntry", "FileEntry", "PendingRead", "Region", "Store", "array_folder", "is_store", "open_store"]
 
@@ -54,16 +54,23 @@ class PendingRead:
     _futures: Sequence[Any]  # of TensorStore or of ChunkFiles
 
     def result(self) -> None:
-        """Wait until the buffer is filled.
+        """Wait until the buffer is filled, or nothing writes to it any more.
 
         Raises:
           CheckpointError: names the array, the region and the cause: damage, a missing chunk, permissions ...
         """
+        errors = [error for future in self._futures if (error := self._wait(future)) is not None]
+        if errors:
+            raise unreadable(self._root, self._path, self._region, errors[0]) from errors[0]
+
+    def _wait(self, future: Any) -> ValueError | OSError | None:
         try:
-            for future in self._futures:
-                future.result()
+            future.result(timeout=None if self._root.folder is not None else STALL_S)
+        except TimeoutError:
+            return OSError(f"nothing came for {STALL_S:.0f} s")
         except (ValueError, OSError) as error:
-            raise unreadable(self._root, self._path, self._region, error) from error
+            return error
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

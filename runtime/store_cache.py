@@ -4,6 +4,7 @@ A folder each, named by the checkpoint and a digest of all that its store depend
 changes gets another. Processes that want the same one at once wait for the first.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +33,7 @@ _KEY_LEN = 12
 
 @dataclasses.dataclass(frozen=True)
 class CachedStore:
-    """A folder of the cache; `source` and `dtype` are None where the conversion was interrupted."""
+    """A folder of the cache; `source` and `dtype` are None where it was interrupted or is damaged."""
 
     path: Path
     source: str | None
@@ -87,13 +89,24 @@ def list_cached(cache_dir: Path) -> list[CachedStore]:
 
 def _cached(folder: Path) -> CachedStore:
     manifest_file = folder / MANIFEST_FILE
-    manifest = read_object(manifest_file) if manifest_file.exists() else {}
-    source = manifest.get("source") or {}
+    manifest, source = _manifest(manifest_file)
     revision = f" at {source['revision']}" if source.get("revision") else ""
-    num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    written_s = (manifest_file if manifest else folder).stat().st_mtime
+    sizes, written_s = [], folder.stat().st_mtime
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a writer's temporary one
+            sizes.append(file.stat().st_size if file.is_file() else 0)
+            written_s = max(written_s, file.stat().st_mtime if file == manifest_file else 0)
     name = f"{source.get('name')}{revision}" if manifest else None
-    return CachedStore(folder, name, manifest.get("dtype"), num_bytes, max(0.0, time.time() - written_s))
+    return CachedStore(folder, name, manifest.get("dtype"), sum(sizes), max(0.0, time.time() - written_s))
+
+
+def _manifest(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The manifest and its source; nothing where it is absent or damaged, for such a store must still be removable."""
+    try:
+        manifest = read_object(file)
+        return manifest, dict(manifest.get("source") or {})
+    except (CheckpointError, TypeError, ValueError):
+        return {}, {}
 
 
 def find_cached(cache_dir: Path, names: Sequence[str]) -> list[CachedStore]:

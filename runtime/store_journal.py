@@ -57,6 +57,10 @@ class Journal:
             self.finished[path] = sha256
             self._replace()
 
+    def still_stands(self) -> bool:
+        """Whether no other writer has taken over."""
+        return self._root.read_stamped(JOURNAL_FILE)[1] == self._generation
+
     def _replace(self) -> None:
         # The process makes it differ from an equal journal of another writer.
         content = {**_head(self._origin), "arrays": self.finished, "process": f"{os.uname().nodename} {os.getpid()}"}
@@ -95,7 +99,7 @@ def open_journal(root: StoreRoot, origin: Origin) -> Journal:
     Raises:
       CheckpointError: it holds something else.
     """
-    content = root.read([JOURNAL_FILE])[JOURNAL_FILE]
+    content, generation = root.read_stamped(JOURNAL_FILE)
     if content is None:
         names = root.list() or ()
         others = [name for name in names if name != LOCK_FILE and not is_lock(name)]
@@ -104,16 +108,16 @@ def open_journal(root: StoreRoot, origin: Origin) -> Journal:
                 f"{root.url}: a store is written to a new or empty place; this one holds something: "
                 f"{sorted(others)[:3]}. Choose another destination."
             )
-        return Journal(root, origin, {}, root.generation(JOURNAL_FILE))
-    generation = root.generation(JOURNAL_FILE)
+        return Journal(root, origin, {}, generation)
     journal = parse_object(content, f"{root.url}/{JOURNAL_FILE}")
-    if {key: journal.get(key) for key in _head(origin)} != _head(origin):
+    is_resumable = origin.source.get("fingerprint") is not None
+    is_locked = root.folder is not None  # so whoever wrote this journal is gone
+    if {key: journal.get(key) for key in _head(origin)} != _head(origin) or not (is_resumable or is_locked):
         raise CheckpointError(
             f"{root.url}: expected a new or empty place, or this conversion's own; it holds an interrupted conversion "
             f"of {_named(*_kind(journal))}, where {_named(origin.source, origin.dtype)} should go. Choose another "
             "destination, or remove it."
         )
-    is_resumable = origin.source.get("fingerprint") is not None
     return Journal(root, origin, dict(journal.get("arrays", {})) if is_resumable else {}, generation)
 
 

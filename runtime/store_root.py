@@ -12,6 +12,7 @@ import tensorstore
 from ..errors import CheckpointError
 
 ANSWER_S = 20.0  # a URL that says nothing for so long is taken for dead
+STALL_S = 120.0  # and so is one that was asked for a chunk
 _FILES_AT_ONCE = 32  # each is synced to the disk by itself: more of them share the waiting
 _SIGNS_OF_DAMAGE = ("is missing", "is damaged", "DATA_LOSS", "Not enough data")
 _RETRIES = {"max_retries": 2, "initial_delay": "200ms", "max_delay": "1s"}
@@ -51,11 +52,11 @@ class StoreRoot:
         with self._named_errors(f"{name} cannot be written"):
             self.keys.write(name, content).result()
 
-    def generation(self, name: str) -> bytes:
-        """What `write_if` compares with, whether or not the key exists."""
+    def read_stamped(self, name: str) -> tuple[bytes | None, bytes]:
+        """A key's content, None where there is none, and its generation, which `write_if` compares with."""
         with self._named_errors(f"{name} cannot be read"):
-            generation: bytes = self.keys.read(name).result(timeout=ANSWER_S).stamp.generation
-        return generation
+            result = self.keys.read(name).result(timeout=ANSWER_S)
+        return result.value if result.state == "value" else None, result.stamp.generation
 
     def write_if(self, generation: bytes, name: str, content: bytes) -> bytes | None:
         """Replace one key if nobody else did since; its new generation, or None."""
@@ -91,7 +92,7 @@ class StoreRoot:
             raise CheckpointError(
                 f"{self.url}: {what}: no answer within {ANSWER_S:.0f} s. Check the URL and the network."
             ) from error
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, NotImplementedError) as error:  # the last: http takes no writes
             raise CheckpointError(f"{self.url}: {what} ({error}). {remedy(error)}") from error
 
 

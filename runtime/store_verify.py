@@ -1,8 +1,9 @@
 """Every byte of a store compared with its manifest: all faults, not only the first."""
 
 import hashlib
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from ..errors import CheckpointError
 from .byte_bar import byte_bar
 from .param_tree import flatten
 from .store import Store, open_store
-from .store_format import MANIFEST_FILE, PARAMS_FOLDER, Region, array_key
+from .store_format import JOURNAL_FILE, LOCK_FILE, MANIFEST_FILE, PARAMS_FOLDER, Region, array_key
 
 _NUM_READERS = 4
 
@@ -22,12 +23,23 @@ def verify_store(place: Path | str, *, show_progress: bool) -> list[str]:
         store = open_store(place)
     except CheckpointError as error:
         return [str(error)]
+    is_stopped = threading.Event()
     with (
         byte_bar("Verifying", store.num_bytes, show=show_progress) as advance,
         ThreadPoolExecutor(_NUM_READERS) as readers,
     ):
-        faults = readers.map(lambda path: _array_faults(store, path, advance), store.arrays)
-        return [*(fault for found in faults for fault in found), *_tree_faults(store), *_extra_files(store)]
+
+        def on_bytes(num_bytes: int) -> None:
+            advance(num_bytes)
+            if is_stopped.is_set():
+                raise CancelledError
+
+        faults = readers.map(lambda path: _array_faults(store, path, on_bytes), store.arrays)
+        try:
+            return [*(fault for found in faults for fault in found), *_tree_faults(store), *_extra_files(store)]
+        except BaseException:
+            is_stopped.set()
+            raise
 
 
 def _array_faults(store: Store, path: str, on_bytes: Callable[[int], None]) -> list[str]:
@@ -87,7 +99,7 @@ def _tree_faults(store: Store) -> list[str]:
 def _extra_files(store: Store) -> list[str]:
     """Files that are no part of the store."""
     chunks = (array_key(path, file) for path, entry in store.arrays.items() for file, _ in entry.chunks())
-    known = {*store.files, *chunks, MANIFEST_FILE}
+    known = {*store.files, *chunks, MANIFEST_FILE, JOURNAL_FILE, LOCK_FILE}  # a killed or a waiting writer's last two
     return [
         f"{store.url}/{name}: expected only files that the manifest lists; it does not list this one. Remove it."
         for name in sorted((store.root.list() or known) - known)

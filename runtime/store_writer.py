@@ -199,6 +199,10 @@ class StoreWriter:
         sha256 = read_sha256(self._root, path, self._entries[path])
         self._note(path, sha256)
 
+    def holds_claim(self) -> bool:
+        """Whether what lies at the place is this writer's, and not another's who took over."""
+        return self._journal is not None and self._journal.still_stands()
+
     def _note(self, path: str, sha256: str) -> None:
         assert self._journal is not None, "only the writer that claimed the place finishes arrays"
         self._journal.note(path, sha256)
@@ -295,7 +299,7 @@ def save_store(
                 writer.finish(contents)
             _meet("finished")
         except BaseException:
-            if is_first:
+            if is_first and writer.holds_claim():
                 _discard(writer.root)
             raise
 

@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from tqdm import tqdm
 
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..models.decoder import AbstractDecoder, LayerParams, Params
 from ..sharding.rules import Placement
 from .param_tree import flatten
 from .safetensors_file import aligned_empty
-from .store import Region, Store
+from .store import PendingRead, Region, Store
 from .weights import check_store, convert, place_leaves, shard_regions, store_leaves
 
 type Progress = Callable[[Sequence[int], str], Iterable[int]]  # layer numbers again, with a bar named by the text
@@ -104,18 +104,25 @@ class LayerShape:
         Raises:
           CheckpointError: names the array that cannot be read, and why.
         """
-        pending = []
+        pending: list[PendingRead] = []
+        errors: list[CheckpointError] = []
         for shard in self._shards:
-            path, spec = f"{layer.path}/{shard.leaf}", self.specs[shard.leaf]
-            view = self._view(room, shard)
-            stored = store.arrays[path].dtype
-            target = view if stored == spec.dtype else np.empty(view.shape, stored)
+            path, view = f"{layer.path}/{shard.leaf}", self._view(room, shard)
             region = (slice(layer.index, layer.index + 1), *shard.region)
-            pending.append((store.start_read(path, region, target[None]), path, view, target))
-        for read, path, view, target in pending:
-            read.result()
-            if target is not view:
-                view[...] = convert(target, view.dtype, path)
+            try:
+                if store.arrays[path].dtype == view.dtype:
+                    pending.append(store.start_read(path, region, view[None]))
+                else:  # one after the other, so that little lies beside the rooms
+                    view[...] = convert(store.read(path, region)[0], view.dtype, path)
+            except CheckpointError as error:
+                errors.append(error)
+        for read in pending:  # all of them, whatever fails: nothing may write to the room any more
+            try:
+                read.result()
+            except CheckpointError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def place(self, room: np.ndarray, memory_kind: str | None = None) -> Params:
         """The layer's parameters in a memory of their devices: the usual one, or "pinned_host"."""

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from tqdm import tqdm
 
 from ..errors import CheckpointError
 from ..models.config import ModelConfig
@@ -22,6 +21,7 @@ from ..models.families import tensor_plan
 from ..models.families.plan import LeafPlan, Piece
 from ..sharding.rules import Placement
 from ..sharding.specs import ParamSpec, SpecTree
+from .byte_bar import byte_bar
 from .checkpoint import Checkpoint
 from .param_tree import flatten
 from .safetensors_file import check_finite
@@ -91,16 +91,16 @@ def place_leaves(
     small = [leaf for leaf in leaves if leaf.spec.num_bytes <= _SMALL_BYTES]
     large = [leaf for leaf in leaves if leaf.spec.num_bytes > _SMALL_BYTES]
     total = sum(leaf.spec.num_bytes for leaf in leaves)
-    bar = tqdm(
-        total=total, desc="Loading weights", unit="B", unit_scale=True, unit_divisor=1024, delay=1,
-        disable=not show_progress,
-    )  # fmt: skip
 
-    def advance(num_bytes: int) -> None:
-        bar.update(num_bytes)
-        on_part()
+    with (
+        byte_bar("Loading weights", total, show=show_progress) as count,
+        ThreadPoolExecutor(_NUM_READERS) as readers,
+    ):
 
-    with bar, ThreadPoolExecutor(_NUM_READERS) as readers:
+        def advance(num_bytes: int) -> None:
+            count(num_bytes)
+            on_part()
+
         for leaf, array in zip(small, readers.map(lambda leaf: _place_whole(leaf, placement), small), strict=True):
             placed[leaf.path] = array
             advance(leaf.spec.num_bytes)
@@ -250,16 +250,16 @@ def store_leaves(store: Store, specs: Mapping[str, ParamSpec], *, whole: bool) -
 
 def check_store(store: Store, specs: Mapping[str, ParamSpec]) -> None:
     """Raises CheckpointError unless the store's arrays can serve these parameters."""
-    _check_paths(store.arrays, specs, f"{store.path}: the store")
+    _check_paths(store.arrays, specs, f"{store.url}: the store")
     for path, spec in specs.items():
         entry = store.arrays[path]
         if entry.shape != spec.shape:
             raise CheckpointError(
-                f"{store.path}: config.json asks for {list(spec.shape)} in {path}; the store has {list(entry.shape)}. "
+                f"{store.url}: config.json asks for {list(spec.shape)} in {path}; the store has {list(entry.shape)}. "
                 "Weights and config.json are of different models: convert the model again."
             )
         if entry.dtype != spec.dtype and not (_is_float(entry.dtype) and _is_float(spec.dtype)):
-            raise CheckpointError(f"{store.path}: expected {path} as {spec.dtype}; the store has {entry.dtype}.")
+            raise CheckpointError(f"{store.url}: expected {path} as {spec.dtype}; the store has {entry.dtype}.")
 
 
 def _array_reader(

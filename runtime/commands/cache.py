@@ -49,7 +49,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     if values["action"] == "remove":
         return _remove(stores, bool(names), values["all"])
     for store in stores:
-        what = f"{store.source}  {store.dtype}" if store.source else "(interrupted conversion)"
+        what = f"{store.source}  {store.dtype}" if store.source else "(interrupted or damaged)"
         print(f"{store.name}  {what}  {store.num_bytes / 2**20:.1f} MiB  {_age(store.age_s)}")
     total = sum(store.num_bytes for store in stores)
     print(f"{len(stores)} stores, {total / 2**20:.1f} MiB in {cache_dir}")

@@ -1,6 +1,7 @@
 """Chunks read past TensorStore: bit for bit what it wrote, whatever is asked for and wherever it goes."""
 
 import contextlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,9 @@ def test_any_region_is_what_tensorstore_wrote(direct: bool, case: Any, dtype: An
 @WAYS
 @pytest.mark.parametrize("num_bytes", [4096, 4092, 3 * 4096 + 8, 5000])
 @pytest.mark.parametrize("offset", [0, 64])
-def test_a_chunk_of_many_pieces_arrives_whole_in_any_buffer(
-    direct: bool, num_bytes: int, offset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_chunk_of_any_size_arrives_whole_in_any_buffer(
+    direct: bool, num_bytes: int, offset: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(chunk_files, "_PIECE_BYTES", 4096)
     values = np.random.default_rng(0).integers(0, 256, num_bytes).astype(np.uint8)
     write(tmp_path, values, (num_bytes,))
     buffer = chunk_files.aligned_empty(num_bytes + 2 * offset, 4096)
@@ -116,3 +116,17 @@ def test_a_chunk_that_is_not_what_was_written_is_refused(change: Any, message: s
         file.write_bytes(change(content))
     with pytest.raises(ValueError, match=message):
         read_chunk(file, np.empty(32, np.uint8), direct=False)
+
+
+def test_a_read_that_the_system_cuts_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.arange(1000, dtype=np.int32)
+    write(tmp_path, values, (1000,))
+    preadv = os.preadv
+
+    def short(fd: int, buffers: list[np.ndarray], offset: int) -> int:
+        return preadv(fd, [buffers[0][:900]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    out = np.empty(4000, np.uint8)
+    read_chunk(tmp_path / "c" / "0", out, direct=False)
+    np.testing.assert_array_equal(out.view(np.int32), values)

@@ -10,7 +10,7 @@ from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfi
 from millrace.models.kv_cache import cache_spec
 from millrace.models.partition import partition
 from millrace.runtime import host_memory
-from millrace.runtime.sizes import CacheSize, resolve, size_cache, weights_budget
+from millrace.runtime.sizes import CacheSize, check_host_memory, resolve, size_cache, weights_budget
 from millrace.sharding.mesh import make_mesh
 from millrace.sharding.rules import Placement
 
@@ -148,6 +148,13 @@ def test_streamed_weights_get_half_of_the_memory_unless_told(memory: Memory) -> 
     assert weights_budget(config, placement()) == 5 * 10**8
     assert weights_budget(config, placement(tensor=2)) == 25 * 10**7
     assert weights_budget(config.replace(weights_memory=77), placement()) == 77
+
+
+def test_weights_that_the_host_cannot_keep_are_refused(memory: Memory) -> None:
+    memory.has(1000)
+    check_host_memory(1000)
+    with pytest.raises(OutOfMemoryError, match="1,001 bytes.*1,000 are there.*weights=stream"):
+        check_host_memory(1001)
 
 
 def test_resolve_keeps_what_was_chosen() -> None:

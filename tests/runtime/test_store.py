@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 from millrace.errors import CheckpointError
 from millrace.runtime import store_root
 from millrace.runtime.param_tree import flatten
-from millrace.runtime.store import is_store, open_store
+from millrace.runtime.store import PendingRead, is_store, open_store
 from millrace.runtime.store_writer import save_store
 from millrace.sharding.specs import ParamSpec
 
@@ -339,3 +340,17 @@ def test_forbidden_file_is_refused(name, saved, readable_but_for, request):
     readable_but_for(name)
     request.getfixturevalue("unprivileged")
     refuses_to_read(saved, f"(?i)(?=.*{name.split('.')[-1]}).*permission.*Check its permissions")
+
+
+def test_a_read_that_fails_waits_for_whatever_still_writes_to_its_buffer(saved):
+    store = open_store(saved)
+    failed, slow = Future(), Future()
+    failed.set_exception(ValueError("a chunk is damaged"))
+    read = PendingRead(store.root, QUERY, SECOND_LAYER, [failed, slow])
+    with ThreadPoolExecutor(1) as waiter:
+        waiting = waiter.submit(read.result)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.1)
+        slow.set_result(None)
+        with pytest.raises(CheckpointError, match="a chunk is damaged"):
+            waiting.result()

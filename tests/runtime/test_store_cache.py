@@ -115,3 +115,12 @@ def test_stores_are_listed_found_and_removed_by_name(checkpoint_dir, tmp_path):
     for found in find_cached(cache, [listed.name]):
         remove_cached(found)
     assert list_cached(cache) == []
+
+
+def test_store_with_a_damaged_manifest_is_listed_and_can_be_removed(checkpoint_dir, tmp_path):
+    store = open_cached(checkpoint_dir, tmp_path / "cache")
+    (store.path / "manifest.json").write_text("not JSON")
+    (listed,) = list_cached(tmp_path / "cache")
+    assert listed.source is None and listed.name == store.path.name
+    remove_cached(listed)
+    assert list_cached(tmp_path / "cache") == []

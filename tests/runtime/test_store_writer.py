@@ -54,8 +54,8 @@ def write_parts(writer, paths=tuple(FLAT)):
 @pytest.mark.parametrize(
     ("shape", "axes", "expected"),
     [
-        ((4, 64, 8), ("layers", "heads", "embed"), (1, 4, 8)),
-        ((4, 8, 64), ("layers", "embed", "mlp"), (1, 8, 4)),
+        ((4, 64, 8), ("layers", "heads", "embed"), (1, 8, 8)),
+        ((4, 8, 64), ("layers", "embed", "mlp"), (1, 8, 8)),
         ((4, 24, 8), ("layers", "kv_heads", "embed"), (1, 3, 8)),
         ((63, 8), ("vocab", "embed"), (63, 8)),  # nothing divides it evenly
         ((4, 12, 8, 8), ("layers", "experts", "mlp", "embed"), (1, 1, 2, 8)),

@@ -102,26 +102,8 @@ def expected(kind: str, stores: Mapping[str, Path], open_tiny: OpenTiny) -> list
         return runtime.generate(PROMPTS, PARAMS, use_tqdm=False)
 
 
-@pytest.mark.parametrize("weights", ["stream", "host"])
-def test_streamed_tokens_are_those_of_resident_weights(
-    kind: str, weights: str, stores: Mapping[str, Path], expected: list[Any], open_tiny: OpenTiny
-) -> None:
-    with open_tiny(stores[kind], weights=weights, weights_memory=two_layers(kind)) as runtime:
-        sizes = stream_of(runtime).sizes
-        assert (sizes.num_rooms, sizes.resident) == (2, frozenset())
-        same(runtime.generate(PROMPTS, PARAMS, use_tqdm=False), expected)
-
-
-def test_streamed_tokens_over_a_mesh_are_those_of_one_device(
-    kind: str, stores: Mapping[str, Path], expected: list[Any], open_tiny: OpenTiny
-) -> None:
-    mesh = {"data": 2, "tensor": 2}
-    with open_tiny(stores[kind], weights="stream", weights_memory=two_layers(kind, **mesh), mesh=mesh) as runtime:
-        same(runtime.generate(PROMPTS, PARAMS, use_tqdm=False), expected, within=1e-4)
-
-
-def test_live_weights_never_exceed_the_budget(
-    kind: str, stores: Mapping[str, Path], open_tiny: OpenTiny, monkeypatch: pytest.MonkeyPatch
+def test_streamed_tokens_are_those_of_resident_weights_within_the_budget(
+    kind: str, stores: Mapping[str, Path], expected: list[Any], open_tiny: OpenTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counts, whenever a layer is about to compute, the buffers of all arrays that have the shape of a weight."""
     specs = [spec for layer in decoder_of(kind).layers for spec in flatten(layer.specs)[0].values()]
@@ -144,9 +126,27 @@ def test_live_weights_never_exceed_the_budget(
 
     monkeypatch.setattr(WeightStream, "take", counted)
     with open_tiny(stores[kind], weights="stream", weights_memory=two_layers(kind)) as runtime:
-        runtime.generate(PROMPTS, PARAMS, use_tqdm=False)
+        sizes = stream_of(runtime).sizes
+        assert (sizes.num_rooms, sizes.resident) == (2, frozenset())
+        same(runtime.generate(PROMPTS, PARAMS, use_tqdm=False), expected)
     assert 0 < max(counts) <= 2 * sum(spec.num_bytes for spec in matrices) // NUM_LAYERS
     assert len(counts) > 5 * NUM_LAYERS
+
+
+def test_weights_in_host_memory_give_the_same_tokens(stores: Mapping[str, Path], open_tiny: OpenTiny) -> None:
+    with open_tiny(stores["dense"]) as runtime:
+        expected = runtime.generate(PROMPTS, PARAMS, use_tqdm=False)
+    with open_tiny(stores["dense"], weights="host", weights_memory=two_layers("dense")) as runtime:
+        same(runtime.generate(PROMPTS, PARAMS, use_tqdm=False), expected)
+
+
+def test_streamed_tokens_over_a_mesh_are_those_of_one_device(stores: Mapping[str, Path], open_tiny: OpenTiny) -> None:
+    with open_tiny(stores["experts"]) as runtime:
+        expected = runtime.generate(PROMPTS, PARAMS, use_tqdm=False)
+    mesh = {"data": 2, "tensor": 2}
+    budget = two_layers("experts", **mesh)
+    with open_tiny(stores["experts"], weights="stream", weights_memory=budget, mesh=mesh) as runtime:
+        same(runtime.generate(PROMPTS, PARAMS, use_tqdm=False), expected, within=1e-4)
 
 
 def test_nothing_compiles_in_a_streamed_step(stores: Mapping[str, Path], open_tiny: OpenTiny) -> None:
@@ -185,13 +185,13 @@ def test_layers_that_go_through_pinned_memory_arrive_unchanged(
 
 
 def test_a_budget_below_one_layer_is_refused_with_the_least_that_works(
-    kind: str, stores: Mapping[str, Path], open_tiny: OpenTiny
+    stores: Mapping[str, Path], open_tiny: OpenTiny
 ) -> None:
-    sizes = plan_stream(decoder_of(kind), partition(decoder_of(kind).config, make_mesh({})), 2**40)
+    sizes = plan_stream(decoder_of("dense"), partition(decoder_of("dense").config, make_mesh({})), 2**40)
     least = sizes.top_bytes + sizes.layer_bytes
     with pytest.raises(ConfigError, match=f"least that works is {least:,}"):
-        open_tiny(stores[kind], weights="stream", weights_memory=least - 1)
-    with open_tiny(stores[kind], weights="stream", weights_memory=least) as runtime:
+        open_tiny(stores["dense"], weights="stream", weights_memory=least - 1)
+    with open_tiny(stores["dense"], weights="stream", weights_memory=least) as runtime:
         assert stream_of(runtime).sizes.num_rooms == 1
         assert len(runtime.generate(PROMPTS, PARAMS, use_tqdm=False)) == 3
 
