@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -35,7 +36,7 @@ def describe_machine() -> dict[str, str]:
         "processor": f"{_processor()}, {num_cores} cores",
         "python": f"Python {platform.python_version()}",
         "jax": f"jax {metadata.version('jax')} on {_device()}",
-        "options": " ".join(sys.argv[1:]) or "default options",
+        "options": re.sub(r"=\S*/\S*", "=PATH", " ".join(sys.argv[1:])) or "default options",
     }
 
 

@@ -8,6 +8,7 @@ mode (0.1.86) opens files without O_DIRECT. What is read is the format's own: a 
 import errno
 import itertools
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ class ChunkFiles:
     def __init__(self, *, direct: bool) -> None:
         self._direct = direct
         self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="millrace-chunks")
+        self._own = threading.local()  # a reader's room for one chunk: fresh memory is slower than a disk
 
     def start_read(self, folder: Path, entry: ArrayEntry, region: Region, out: np.ndarray) -> list["Future[None]"]:
         """Begin to fill `out` with a region of the array in `folder`; the futures raise OSError or ValueError."""
@@ -44,7 +46,10 @@ class ChunkFiles:
         if target.shape == entry.chunk_shape and target.flags.c_contiguous:
             read_chunk(file, target.reshape(-1).view(np.uint8), direct=self._direct)
             return
-        whole = aligned_empty(entry.chunk_bytes)
+        room: np.ndarray | None = getattr(self._own, "room", None)
+        if room is None or room.size < entry.chunk_bytes:
+            room = self._own.room = aligned_empty(entry.chunk_bytes, _BLOCK_BYTES)
+        whole = room[: entry.chunk_bytes]
         read_chunk(file, whole, direct=self._direct)
         target[...] = whole.view(entry.dtype).reshape(entry.chunk_shape)[inside]
 
