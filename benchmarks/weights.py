@@ -56,13 +56,15 @@ def measure_warm_loads(results: Results, files: Files, repeats: int) -> None:
 def measure_cold_loads(results: Results, files: Files, repeats: int) -> None:
     """Load from the disk; `dd` reads the same bytes as the store's many files and as the checkpoint's one."""
     gigabytes = disk.num_bytes(files.weights) / 1e9
-    ours, many, one = [], [], []
+    ours, many, one, fresh = [], [], [], []
     for _ in range(repeats):
         disk.drop(files.store)
         ours.append(gigabytes / ask_once("load_store", path=str(files.store), direct_io=True)["seconds"])
         many.append(disk.read_speed(files.store, direct=True) / 1e9)
         one.append(disk.read_speed(files.weights, direct=True) / 1e9)
+        fresh.append(disk.fresh_memory_speed(disk.num_bytes(files.weights)) / 1e9)
     ratio = results.add("load from disk, direct I/O", "Millrace", ours, "GB/s")
+    results.add("touch fresh memory, one thread", "numpy", fresh, "GB/s")
     ratio /= max(
         results.add("read from disk", "dd bs=4M iflag=direct, the store's files", many, "GB/s"),
         results.add("read from disk", "dd bs=4M iflag=direct, model.safetensors", one, "GB/s"),

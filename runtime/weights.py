@@ -1,8 +1,8 @@
 """Weights from disk to their shards on the mesh, part by part.
 
 A leaf is allocated on its devices at once and filled by its parts (a layer, or a layer's expert), each read, laid
-out and converted on the host. So the host holds, beside what is placed there, a part twice at most: as read and as
-converted, or as converted and on its way.
+out and converted on the host; one that is small, or a single part, is put together there, two at a time. So the host
+holds, beside what is placed there, two parts twice at most: as read and as converted, or as converted and on its way.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from .safetensors_file import check_finite
 from .store import Region, Store
 
 _SMALL_BYTES = 16 << 20  # leaves up to here are put together on the host: no program is compiled for them
-_NUM_READERS = 4  # small leaves in flight
+_NUM_WHOLE = 2  # leaves put together on the host at once: while one ends, the next one's chunks are on their way
 
 type Source = Checkpoint | Store
 
@@ -48,6 +48,11 @@ class Leaf:
     path: str
     spec: ParamSpec
     parts: Sequence[Part]
+
+    @property
+    def is_one_part(self) -> bool:
+        """Whether a single part fills all of it."""
+        return len(self.parts) == 1 and not self.parts[0].index
 
 
 def load_params(
@@ -86,25 +91,26 @@ def place_leaves(
     show_progress: bool,
     on_part: Callable[[], object] = lambda: None,
 ) -> dict[str, jax.Array]:
-    """Every leaf's array by its path: small ones several at a time, then large ones part by part."""
+    """Every leaf's array by its path: those put together on the host two at a time, then the others part by part."""
     placed: dict[str, jax.Array] = {}
-    small = [leaf for leaf in leaves if leaf.spec.num_bytes <= _SMALL_BYTES]
-    large = [leaf for leaf in leaves if leaf.spec.num_bytes > _SMALL_BYTES]
+    whole = [leaf for leaf in leaves if leaf.spec.num_bytes <= _SMALL_BYTES or leaf.is_one_part]
+    by_parts = [leaf for leaf in leaves if leaf.spec.num_bytes > _SMALL_BYTES and not leaf.is_one_part]
     total = sum(leaf.spec.num_bytes for leaf in leaves)
 
-    with (
-        byte_bar("Loading weights", total, show=show_progress) as count,
-        ThreadPoolExecutor(_NUM_READERS) as readers,
-    ):
+    with byte_bar("Loading weights", total, show=show_progress) as count:
 
         def advance(num_bytes: int) -> None:
             count(num_bytes)
             on_part()
 
-        for leaf, array in zip(small, readers.map(lambda leaf: _place_whole(leaf, placement), small), strict=True):
-            placed[leaf.path] = array
-            advance(leaf.spec.num_bytes)
-        for leaf in large:
+        readers = ThreadPoolExecutor(_NUM_WHOLE)
+        try:
+            for leaf, array in zip(whole, readers.map(lambda leaf: _place_whole(leaf, placement), whole), strict=True):
+                placed[leaf.path] = array
+                advance(leaf.spec.num_bytes)
+        finally:
+            readers.shutdown(cancel_futures=True)
+        for leaf in by_parts:
             placed[leaf.path] = _place_by_parts(leaf, placement, advance)
     return placed
 
@@ -112,7 +118,7 @@ def place_leaves(
 def _place_whole(leaf: Leaf, placement: Placement) -> jax.Array:
     """A leaf put together on the host."""
     spec = leaf.spec
-    if len(leaf.parts) == 1 and not leaf.parts[0].index:
+    if leaf.is_one_part:
         return _place(leaf.path, leaf.parts[0], spec, placement)
     whole = np.empty(spec.shape, spec.dtype)
     for part in leaf.parts:
@@ -124,10 +130,6 @@ def _place_whole(leaf: Leaf, placement: Placement) -> jax.Array:
 def _place_by_parts(leaf: Leaf, placement: Placement, on_bytes: Callable[[int], object]) -> jax.Array:
     """A leaf allocated on its devices and filled in place."""
     spec, sharding = leaf.spec, placement.sharding(leaf.spec.axes)
-    if len(leaf.parts) == 1 and not leaf.parts[0].index:
-        array = _place(leaf.path, leaf.parts[0], spec, placement)
-        on_bytes(spec.num_bytes)
-        return array
     array = jnp.zeros(spec.shape, spec.dtype, device=sharding)
     # jax knows equal functions with equal shardings: one program per shape, not per leaf or part.
     write = jax.jit(_write, donate_argnums=0, out_shardings=sharding)
