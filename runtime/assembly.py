@@ -10,27 +10,22 @@ import jax
 import numpy as np
 
 from ..errors import ConfigError
-from ..models.decoder import AbstractDecoder, Params
-from ..models.kv_cache import cache_spec
-from ..models.partition import partition
-from ..pallas_kernels.dispatch import KernelChoices, Platform
+from ..models.decoder import Params
 from ..sharding.mesh import make_mesh
-from ..sharding.rules import Placement
 from . import host_memory
-from .buckets import Bucket, make_buckets
 from .checkpoint import Checkpoint
 from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig
+from .deployment import Deployment, deploy
 from .executor import Executor
-from .model_source import ModelSource, compute_dtype, open_model
+from .model_source import ModelSource, open_model
 from .param_tree import flatten
 from .programs import Programs, compile_programs
 from .request import RequestLimits
-from .scheduler import Scheduler, SchedulerConfig
-from .sizes import check_host_memory, resolve, size_cache, weights_budget
-from .steps import StepModel
+from .scheduler import Scheduler
+from .sizes import check_host_memory, device_memory
 from .store import Store
 from .store_cache import cached_store
-from .weight_streaming import StreamedParams, StreamSizes, open_stream, plan_stream
+from .weight_streaming import StreamedParams, open_stream
 from .weights import load_params
 
 
@@ -52,27 +47,14 @@ def assemble(config: RuntimeConfig) -> Engine:
       ConfigError, CheckpointError, KernelError, OutOfMemoryError: what is wrong and what mends it.
     """
     source = open_model(config.model, config.revision)
-    dtype = compute_dtype(source.config, config.dtype)
-    config = resolve(config, source.config, dtype)
     keep_programs(config.compile_cache_dir)
-    placement = partition(source.config, make_mesh(dict(config.mesh or ())))
-    config = config.replace(mesh=tuple((str(axis), int(size)) for axis, size in placement.mesh.shape.items()))
-    decoder = AbstractDecoder(source.config, dtype)
-    sizes = None
-    if config.weights != "resident":
-        sizes = plan_stream(decoder, placement, weights_budget(config, placement))
-        config = config.replace(weights_memory=sizes.num_bytes)
-    weight_bytes = sizes.num_bytes if sizes else _device_bytes(decoder, placement)
+    mesh = make_mesh(dict(config.mesh or ()))
+    deployment = deploy(config, source.config, mesh, device_memory(mesh))
+    config, model = deployment.config, deployment.model
     if config.weights == "host":
-        check_host_memory(sum(spec.num_bytes for spec in flatten(decoder.specs)[0].values()))
-        weight_bytes = _device_bytes(decoder, placement) if placement.on_host else weight_bytes
-    cache_size = size_cache(config, source.config, placement, weight_bytes)
-    config = config.replace(kv_cache_bytes=cache_size.num_pages * cache_size.page_bytes)
-    source = _with_weights(source, config, dtype)
-    model = _step_model(config, decoder, placement, cache_size.num_pages)
-    assert config.num_slots and config.max_step_tokens
-    buckets = make_buckets(config.num_slots, config.max_step_tokens)
-    params, programs = _load_and_compile(source, model, buckets, sizes, config)
+        check_host_memory(sum(spec.num_bytes for spec in flatten(model.decoder.specs)[0].values()))
+    source = _with_weights(source, config, model.decoder.dtype)
+    params, programs = _load_and_compile(source, deployment)
     limits = RequestLimits(
         vocab_size=source.config.vocab_size,
         max_context_len=model.max_context_len,
@@ -83,8 +65,8 @@ def assemble(config: RuntimeConfig) -> Engine:
         config=config,
         source=source,
         limits=limits,
-        scheduler=_scheduler(config, placement, cache_size.num_pages),
-        executor=Executor(model, buckets, programs, params),
+        scheduler=Scheduler(deployment.scheduler),
+        executor=Executor(model, deployment.buckets, programs, params),
     )
 
 
@@ -115,27 +97,7 @@ def _is_direct(config: RuntimeConfig, store: Store) -> bool:
     return not store.is_cached()
 
 
-def _step_model(config: RuntimeConfig, decoder: AbstractDecoder, placement: Placement, num_pages: int) -> StepModel:
-    assert config.max_context_len and config.kv_cache_dtype and config.num_slots
-    return StepModel(
-        decoder=decoder,
-        placement=placement,
-        kernels=KernelChoices(_platform(placement), dict(config.kernels)),
-        cache=cache_spec(decoder.config, placement, num_pages, config.page_size, config.kv_cache_dtype),
-        num_slots=config.num_slots,
-        pages_per_slot=-(-config.max_context_len // config.page_size),
-        max_context_len=config.max_context_len,
-        max_decode_steps=config.max_decode_steps,
-    )
-
-
-def _load_and_compile(
-    source: ModelSource,
-    model: StepModel,
-    buckets: tuple[Bucket, ...],
-    sizes: StreamSizes | None,
-    config: RuntimeConfig,
-) -> tuple[Params | StreamedParams, Programs]:
+def _load_and_compile(source: ModelSource, deployment: Deployment) -> tuple[Params | StreamedParams, Programs]:
     """Both at once, for neither needs the other; when one fails, the other stops at its next part."""
     is_given_up = threading.Event()
 
@@ -144,16 +106,19 @@ def _load_and_compile(
             raise CancelledError
 
     with ThreadPoolExecutor(1, thread_name_prefix="millrace-load") as loader:
-        loading = loader.submit(_load, source, model, sizes, config, on_part)
+        loading = loader.submit(_load, source, deployment, on_part)
 
         def before_each() -> None:
             if loading.done():
                 loading.result()  # raises what went wrong
 
         try:
-            streams = sizes is not None
             programs = compile_programs(
-                model, buckets, streams=streams, show_progress=config.progress, before_each=before_each
+                deployment.model,
+                deployment.buckets,
+                streams=deployment.sizes is not None,
+                show_progress=deployment.config.progress,
+                before_each=before_each,
             )
             return loading.result(), programs
         except BaseException:
@@ -162,14 +127,9 @@ def _load_and_compile(
             raise
 
 
-def _load(
-    source: ModelSource,
-    model: StepModel,
-    sizes: StreamSizes | None,
-    config: RuntimeConfig,
-    on_part: Callable[[], None],
-) -> Params | StreamedParams:
+def _load(source: ModelSource, deployment: Deployment, on_part: Callable[[], None]) -> Params | StreamedParams:
     """The weights, or as much of them as stays while the rest is streamed."""
+    config, model, sizes = deployment.config, deployment.model, deployment.sizes
     progress, placement = config.progress, model.placement
     if sizes is None:
         specs = model.decoder.specs
@@ -188,22 +148,6 @@ def _close_stream(loading: "Future[Params | StreamedParams]") -> None:
         params.stream.close()
 
 
-def _scheduler(config: RuntimeConfig, placement: Placement, num_pages: int) -> Scheduler:
-    assert config.max_context_len and config.max_step_tokens and config.num_slots
-    return Scheduler(
-        SchedulerConfig(
-            num_shards=placement.num_shards,
-            num_slots=config.num_slots,
-            num_pages=num_pages,
-            page_size=config.page_size,
-            max_context_len=config.max_context_len,
-            max_step_tokens=config.max_step_tokens,
-            max_decode_steps=config.max_decode_steps,
-            prefix_caching=config.prefix_caching,
-        )
-    )
-
-
 def keep_programs(directory: str | None) -> None:
     """Turn on JAX's persistent cache, for programs of any size; "" leaves it as it is."""
     if directory == "":
@@ -218,13 +162,3 @@ def keep_programs(directory: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path.expanduser()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _platform(placement: Placement) -> Platform:
-    platform = placement.mesh.devices.flat[0].platform
-    return "cpu" if platform == "cpu" else "gpu"
-
-
-def _device_bytes(decoder: AbstractDecoder, placement: Placement) -> int:
-    """Bytes of weights on each device."""
-    return sum(map(placement.shard_bytes, flatten(decoder.specs)[0].values()))

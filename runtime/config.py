@@ -47,6 +47,13 @@ class RuntimeConfig:
     kv_cache_bytes: int | None = None  # on each device: what num_slots full contexts need, within the free memory
     kv_cache_dtype: str | None = None  # as dtype
     mesh: tuple[tuple[str, int], ...] | None = None  # sizes of mesh axes: every axis 1
+    target: str | None = None  # hardware that plan and compile assume, as gb300:1x18x4: this machine's devices
+    artifact: str | None = None  # folder of compiled programs to load instead of compiling, from millrace compile
+    # A group of processes, each with some devices of the mesh: one process, unless Slurm, Open MPI or Kubernetes say
+    # otherwise.
+    num_processes: int | None = None
+    process_id: int | None = None
+    coordinator_address: str | None = None  # host:port of process 0
     seed: int | None = None  # of the seeds that requests without one draw: fresh every time
     prefix_caching: bool = True  # pages of equal beginnings are computed once
     max_decode_steps: int = 8  # decode steps of one dispatch when nothing waits; 1 where weights are streamed
@@ -63,6 +70,7 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         _check_text(self, "model", "revision", "compile_cache_dir", "store_cache_dir", "weights", "weights_io")
+        _check_text(self, "target", "artifact", "coordinator_address")
         if not self.model:
             raise ConfigError('model must be "embedded", a directory or org/name; it is empty.')
         for name, low, high in _INTEGERS:
@@ -102,9 +110,14 @@ _INTEGERS = (
     ("weights_memory", 1, 2**50),
     ("max_decode_steps", 1, 256),
     ("seed", 0, 2**64 - 1),
+    ("num_processes", 1, 2**16),
+    ("process_id", 0, 2**16 - 1),
 )
 _MAX_MESH_SIZE = 2**20
-_OPTIONAL = ("max_context_len", "num_slots", "max_step_tokens", "kv_cache_bytes", "weights_memory", "seed")
+_OPTIONAL = (
+    "max_context_len", "num_slots", "max_step_tokens", "kv_cache_bytes", "weights_memory", "seed", "num_processes",
+    "process_id",
+)  # fmt: skip
 
 
 def _check_text(config: RuntimeConfig, *names: str) -> None:

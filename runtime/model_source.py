@@ -8,8 +8,9 @@ import numpy as np
 from ..errors import CheckpointError
 from ..models.config import ModelConfig
 from ..models.families import config_from_hf
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
 from .generation_defaults import default_sampling_params, eos_token_ids
+from .json_files import read_object
 from .sampling_params import SamplingParams
 from .slot_state import MAX_STOP_IDS
 from .store import Store, is_store, open_store
@@ -17,6 +18,7 @@ from .store_root import is_url
 from .tokenizer import Tokenizer, load_tokenizer
 
 EMBEDDED_STORE = Path(__file__).parent.parent / "models" / "embedded" / "store"
+ARCHITECTURES = Path(__file__).parent.parent / "models" / "architectures"  # config.json files by ORG--NAME
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,22 @@ def open_model(model: str, revision: str | None) -> ModelSource:
         eos_ids=eos_ids,
         default_sampling_params=default_sampling_params(weights.generation_config),
     )
+
+
+def open_model_config(model: str, revision: str | None) -> ModelConfig:
+    """A model's shapes, for plans and programs: of all that `open_model` takes, of a folder with nothing but a
+    config.json, and of the published models in models/architectures, which need no network.
+
+    Raises:
+      CheckpointError: see open_model.
+    """
+    bundled = ARCHITECTURES / f"{model.replace('/', '--')}.json"
+    if revision is None and model.count("/") == 1 and bundled.is_file() and not Path(model).exists():
+        return config_from_hf(dict(read_object(bundled)))
+    folder = Path(model).expanduser()
+    if (folder / CONFIG_FILE).is_file() and not is_store(folder):
+        return config_from_hf(dict(read_object(folder / CONFIG_FILE)))
+    return open_model(model, revision).config
 
 
 def open_weights(model: str, revision: str | None) -> Checkpoint | Store:

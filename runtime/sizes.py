@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ..errors import ConfigError, OutOfMemoryError
 from ..models.config import ModelConfig
@@ -65,7 +66,7 @@ def _default_context_len(model: ModelConfig) -> int:
     return min(model.max_context_len, model.unstretched_len or model.max_context_len, DEFAULT_CONTEXT_LEN)
 
 
-def weights_budget(config: RuntimeConfig, placement: Placement) -> int:
+def weights_budget(config: RuntimeConfig, memory_bytes: int | None) -> int:
     """Bytes of weights on each device where they are not resident: what was asked for, or half of the memory.
 
     Raises:
@@ -73,10 +74,9 @@ def weights_budget(config: RuntimeConfig, placement: Placement) -> int:
     """
     if config.weights_memory is not None:
         return config.weights_memory
-    total = device_memory(placement)
-    if total is None:
+    if memory_bytes is None:
         raise ConfigError("the devices do not report their memory; give weights_memory.")
-    return total // 2
+    return memory_bytes // 2
 
 
 def check_host_memory(weight_bytes: int) -> None:
@@ -89,8 +89,12 @@ def check_host_memory(weight_bytes: int) -> None:
         )
 
 
-def size_cache(config: RuntimeConfig, model: ModelConfig, placement: Placement, weight_bytes: int) -> CacheSize:
-    """Pages for every slot at full length if there is room, else as many as fit; `weight_bytes` is of one device.
+def size_cache(
+    config: RuntimeConfig, model: ModelConfig, placement: Placement, weight_bytes: int, memory_bytes: int | None
+) -> CacheSize:
+    """Pages for every slot at full length if there is room, else as many as fit.
+
+    `weight_bytes` and `memory_bytes` are of one device; None if it does not say how much memory it has.
 
     Raises:
       OutOfMemoryError: not even one sequence of full length fits, or more was asked for than there is; says by how
@@ -103,7 +107,7 @@ def size_cache(config: RuntimeConfig, model: ModelConfig, placement: Placement, 
     page_bytes = 2 * model.num_layers * heads * config.page_size * model.head_dim * itemsize
     pages_per_slot = -(-config.max_context_len // config.page_size)
     taken = {"the weights": weight_bytes, f"num_slots={config.num_slots}": _slot_bytes(config.num_slots, model)}
-    room = _room(placement, taken, config.kv_cache_bytes)
+    room = _room(placement, memory_bytes, taken, config.kv_cache_bytes)
     wanted = pages_per_slot * config.num_slots * page_bytes
     num_pages = (config.kv_cache_bytes or min(wanted, room)) // page_bytes
     if num_pages < pages_per_slot:
@@ -123,13 +127,12 @@ def _slot_bytes(num_slots: int, model: ModelConfig) -> int:
     return sum(array.size * array.dtype.itemsize for array in state)
 
 
-def _room(placement: Placement, taken: Mapping[str, int], wanted: int | None) -> int:
+def _room(placement: Placement, total: int | None, taken: Mapping[str, int], wanted: int | None) -> int:
     """Bytes of one device for a cache of a size that nobody chose; `taken` is what else there will be, by name.
 
     Raises:
       OutOfMemoryError: what is taken, or the `wanted` bytes beside it, are more than there is.
     """
-    total = device_memory(placement)
     if total is None and wanted is not None:
         return wanted
     if total is None:
@@ -148,10 +151,10 @@ def _room(placement: Placement, taken: Mapping[str, int], wanted: int | None) ->
     return max(free - int((1 - _GPU_HEADROOM) * total), 0)
 
 
-def device_memory(placement: Placement) -> int | None:
+def device_memory(mesh: Mesh) -> int | None:
     """Bytes that each device of this process may use, None where they do not say; on a CPU all share the host's."""
-    device: jax.Device = placement.mesh.devices.flat[0]
-    if placement.on_host:
-        return host_memory.available_bytes() // placement.mesh.size
+    device: jax.Device = mesh.local_devices[0]
+    if device.platform == "cpu":
+        return host_memory.available_bytes() // len(mesh.local_devices)
     limit: int | None = (device.memory_stats() or {}).get("bytes_limit")
     return limit

@@ -48,6 +48,8 @@ COMMANDS = {
     for command in (
         Command("generate", "complete prompts; text or jsonl on stdout"),
         Command("chat", "talk to a model that has a chat template"),
+        Command("plan", "memory and speed of a deployment, before anything is loaded"),
+        Command("compile", "compile a deployment's programs for hardware that need not be here"),
         Command("convert", "write a checkpoint as a store, which loads fast and streams"),
         Command("export", "write a store as a Hugging Face checkpoint"),
         Command("verify-store", "check every byte of a store"),

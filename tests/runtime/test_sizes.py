@@ -10,7 +10,7 @@ from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfi
 from millrace.models.kv_cache import cache_spec
 from millrace.models.partition import partition
 from millrace.runtime import host_memory
-from millrace.runtime.sizes import CacheSize, check_host_memory, resolve, size_cache, weights_budget
+from millrace.runtime.sizes import CacheSize, check_host_memory, device_memory, resolve, size_cache, weights_budget
 from millrace.sharding.mesh import make_mesh
 from millrace.sharding.rules import Placement
 
@@ -48,7 +48,7 @@ def placement(**mesh: int) -> Placement:
 
 
 def size(config: RuntimeConfig = CONFIG, weight_bytes: int = 0, **mesh: int) -> CacheSize:
-    return size_cache(config, MODEL, placement(**mesh), weight_bytes)
+    return size_cache(config, MODEL, placement(**mesh), weight_bytes, device_memory(make_mesh(mesh)))
 
 
 def test_every_slot_gets_a_full_context_where_there_is_room(memory: Memory) -> None:
@@ -145,9 +145,9 @@ def test_default_slots_leave_room_for_prompts_in_a_small_step() -> None:
 def test_streamed_weights_get_half_of_the_memory_unless_told(memory: Memory) -> None:
     memory.has(10**9)
     config = RuntimeConfig(weights="stream")
-    assert weights_budget(config, placement()) == 5 * 10**8
-    assert weights_budget(config, placement(tensor=2)) == 25 * 10**7
-    assert weights_budget(config.replace(weights_memory=77), placement()) == 77
+    assert weights_budget(config, device_memory(make_mesh())) == 5 * 10**8
+    assert weights_budget(config, device_memory(make_mesh({"tensor": 2}))) == 25 * 10**7
+    assert weights_budget(config.replace(weights_memory=77), 10**9) == 77
 
 
 def test_weights_that_the_host_cannot_keep_are_refused(memory: Memory) -> None:
