@@ -22,6 +22,7 @@ from .store_format import ArrayEntry, Region
 
 _BLOCK_BYTES = 4096  # direct I/O: files, buffers and sizes in multiples of it
 _CRC_BYTES = 4
+_PIECE_BYTES = 1 << 20  # of a cached file: its CRC32C is taken while the processor's cache still holds it
 _NUM_READERS = 4  # chunks on their way from the disk at once
 
 
@@ -102,10 +103,15 @@ def _open(file: Path, direct: bool) -> int:
 
 
 def _read_cached(fd: int, out: np.ndarray) -> tuple[int, int]:
-    """Fill `out` in one read; the CRC32C of its bytes, and the one that follows them."""
+    """Fill `out`, piece by piece; the CRC32C of its bytes, and the one that follows them."""
+    crc = 0
+    for start in range(0, out.size, _PIECE_BYTES):
+        piece = out[start : start + _PIECE_BYTES]
+        _fill(fd, [piece], start)
+        crc = google_crc32c.extend(crc, piece)
     tail = np.empty(_CRC_BYTES, np.uint8)
-    _fill(fd, [out, tail], out.size + tail.size)
-    return google_crc32c.value(out), int.from_bytes(tail.tobytes(), "little")
+    _fill(fd, [tail], out.size)
+    return crc, int.from_bytes(tail.tobytes(), "little")
 
 
 def _read_direct(fd: int, out: np.ndarray) -> tuple[int, int]:
@@ -114,20 +120,24 @@ def _read_direct(fd: int, out: np.ndarray) -> tuple[int, int]:
     body = out[: out.size // _BLOCK_BYTES * _BLOCK_BYTES if is_aligned else 0]
     rest = out.size - body.size
     blocks = aligned_empty(-(-(rest + _CRC_BYTES) // _BLOCK_BYTES) * _BLOCK_BYTES, _BLOCK_BYTES)
-    _fill(fd, [body, blocks], out.size + _CRC_BYTES)
+    _fill(fd, [body, blocks], 0, out.size + _CRC_BYTES)
     out[body.size :] = blocks[:rest]
     return google_crc32c.value(out), int.from_bytes(blocks[rest : rest + _CRC_BYTES].tobytes(), "little")
 
 
-def _fill(fd: int, buffers: list[np.ndarray], num_bytes: int) -> None:
-    """Read a file's start into buffers that follow each other; the system reads 2 GiB at once at most."""
+def _fill(fd: int, buffers: list[np.ndarray], start: int, num_bytes: int | None = None) -> None:
+    """Read into buffers that follow each other what the file has from `start` on, up to `num_bytes` of it.
+
+    The system reads 2 GiB at once at most.
+    """
+    num_bytes = sum(buffer.size for buffer in buffers) if num_bytes is None else num_bytes
     done = 0
     while done < num_bytes:
         left, skip = [], done
         for buffer in buffers:
             left += [buffer[skip:]] if skip < buffer.size else []
             skip = max(skip - buffer.size, 0)
-        num_read = os.preadv(fd, left, done)
+        num_read = os.preadv(fd, left, start + done)
         if num_read == 0:
             raise ValueError("the file is damaged: it became shorter while it was read")
         done += num_read
