@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import (
     CheckpointError,
     ConfigError,
+    GroupError,
     InvalidRequestError,
     KernelError,
     MillraceError,
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "GroupError",
     "InvalidRequestError",
     "KernelError",
     "Logprob",

@@ -9,6 +9,7 @@ MillraceError
 ├── ProgramError              a step for which no program was compiled
 ├── StepError                 a step that could not be computed; the requests that it touched fail, the runtime goes on
 ├── OutOfMemoryError          the plan does not fit the device
+├── GroupError                a process of the group failed, died or went its own way: all of them end
 └── RuntimeClosedError        a call after close(), or after the step loop died
 """
 
@@ -47,6 +48,10 @@ class StepError(MillraceError):
 
 class OutOfMemoryError(MillraceError):
     """The memory plan does not fit the device; the message says by how much and which flag mends it."""
+
+
+class GroupError(MillraceError):
+    """A process of the group failed, died or went its own way; all of them end, and can be started again together."""
 
 
 class RuntimeClosedError(MillraceError):

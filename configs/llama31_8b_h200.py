@@ -13,4 +13,5 @@ def get_config() -> RuntimeConfig:
         page_size=32,
         max_step_tokens=2048,
         kv_cache_bytes=96 * 2**30,
+        target="h200",
     )

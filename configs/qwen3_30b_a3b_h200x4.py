@@ -14,4 +14,5 @@ def get_config() -> RuntimeConfig:
         max_step_tokens=2048,
         kv_cache_bytes=80 * 2**30,
         mesh=(("tensor", 4),),
+        target="h200:1x1x4",
     )

@@ -76,6 +76,12 @@ class MoeSpec:
     bias: bool = False  # on the router and on every expert
     clamp_limit: float | None = None
     swiglu_alpha: float | None = None
+    num_expert_parts: int = 1  # parts into which a mesh splits the experts; a checkpoint's config knows of one
+
+    @property
+    def num_places(self) -> int:
+        """Expert places, as many in every part: place p holds expert p % num_experts, so the first ones twice."""
+        return -(-self.num_experts // self.num_expert_parts) * self.num_expert_parts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,8 @@ from .moe import Moe
 from .norm import RMSNorm
 from .step import Step
 
+LAYERS_SCOPE = "layers"  # in the names that compiled programs and profiles give to what a layer does
+
 type Params = dict[str, Any]  # a nested dict of arrays: modules define, pure dicts travel
 
 
@@ -93,9 +95,10 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "R T D"], cache: Array | None, step: Step
     ) -> tuple[Float[Array, "R T D"], Array | None]:
         """All layers: each stage scans its period. The cache is a carry, so that it is updated in place."""
-        for s, stage in enumerate(self.config.stages):
-            stacked = [self.stages[str(s)][str(p)] for p in range(len(stage.period))]
-            x, cache = _scan_stage(stage, stacked, x, cache, step)
+        with jax.named_scope(LAYERS_SCOPE):
+            for s, stage in enumerate(self.config.stages):
+                stacked = [self.stages[str(s)][str(p)] for p in range(len(stage.period))]
+                x, cache = _scan_stage(stage, stacked, x, cache, step)
         return x, cache
 
     def logits(self, x: Float[Array, "*rows D"], step: Step) -> Float[Array, "*rows V"]:
@@ -193,9 +196,10 @@ def _specs(state: Any) -> SpecTree:
         node: Any = specs
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = ParamSpec(tuple(param.shape), param.dtype, axes)
+        num_experts = param.get_metadata().get("num_experts")
+        node[path[-1]] = ParamSpec(tuple(param.shape), param.dtype, axes, num_experts)
     return specs
 
 
 def _one_layer(stacked: ParamSpec) -> ParamSpec:
-    return ParamSpec(stacked.shape[1:], stacked.dtype, stacked.axes[1:])
+    return stacked.below(1)

@@ -9,7 +9,6 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ..errors import ConfigError
 from ..pallas_kernels.dispatch import KernelChoices
 from ..pallas_kernels.paged_attention import PagedAttentionSpec, PagedBatch, paged_attention, write_kv
 from ..sharding.axes import Axes
@@ -22,17 +21,8 @@ CACHE_AXES: Axes = ("shard", "layers", "pages", None, "cache_heads", "page", "he
 
 
 def num_cache_heads(config: ModelConfig, placement: Placement) -> int:
-    """KV heads as the cache holds them: repeated where there are fewer than tensor shards.
-
-    Raises ConfigError if neither number divides the other.
-    """
-    heads, parts = config.num_kv_heads, placement.size("tensor")
-    if heads % parts and parts % heads:
-        raise ConfigError(
-            f"{heads} KV heads do not split over the mesh axis tensor of {parts} devices, nor repeat evenly over it. "
-            f"Choose a tensor size that divides {heads} or is a multiple of it."
-        )
-    return max(heads, parts)
+    """KV heads as the cache holds them: repeated where there are fewer than tensor shards."""
+    return max(config.num_kv_heads, placement.num_parts("cache_heads"))
 
 
 def cache_spec(

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
 from ..pallas_kernels.grouped_matmul import grouped_matmul
+from ..pallas_kernels.row_exchange import exchange_rows, segment_rows, starts_of
 from ..sharding.axes import Axes
 from .config import MoeSpec
 from .linear import Linear, init_weight
@@ -14,48 +15,47 @@ from .step import Step
 
 
 class Experts(nnx.Module):
-    """One projection of every expert, weights [E, out, in]."""
+    """One projection of every expert, weights [places, out, in]."""
 
-    def __init__(self, shape: tuple[int, int, int], axes: Axes, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(init_weight(rngs, shape, dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(shape[:2], dtype), axes=axes[:2]) if bias else None
+    def __init__(self, spec: MoeSpec, shape: tuple[int, int], axes: Axes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
+        full = (spec.num_places, *shape)
+        self.weight = nnx.Param(init_weight(rngs, full, dtype), axes=axes, num_experts=spec.num_experts)
+        bias = jnp.zeros(full[:2], dtype)
+        self.bias = nnx.Param(bias, axes=axes[:2], num_experts=spec.num_experts) if spec.bias else None
 
 
 class Moe(nnx.Module):
-    """sum over the picked experts of weight * down(activation(gate(x)) * up(x))."""
+    """sum over the picked experts of weight * down(activation(gate(x)) * up(x)).
+
+    Each device routes the tokens of its own data shard. Its rows, one for each token and pick, travel over the mesh
+    axis `expert` to the devices that have the places of their experts, and back.
+    """
 
     def __init__(self, spec: MoeSpec, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.spec = spec
-        shape = (spec.num_experts, spec.mlp_dim, embed_dim)
-        down_shape = (spec.num_experts, embed_dim, spec.mlp_dim)
+        inner, outer = (spec.mlp_dim, embed_dim), (embed_dim, spec.mlp_dim)
+        # Every device routes all tokens of its data shard: the router is small, so it is not sharded.
         router = (spec.num_experts, embed_dim)
-        # Every device routes every token of its data shard: the router is small, so it is not sharded.
         self.router = Linear(router, (None, "embed"), bias=spec.bias, dtype=dtype, rngs=rngs)
-        self.gate = Experts(shape, ("experts", "mlp", "embed"), bias=spec.bias, dtype=dtype, rngs=rngs)
-        self.up = Experts(shape, ("experts", "mlp", "embed"), bias=spec.bias, dtype=dtype, rngs=rngs)
-        self.down = Experts(down_shape, ("experts", "embed", "mlp"), bias=spec.bias, dtype=dtype, rngs=rngs)
+        self.gate = Experts(spec, inner, ("experts", "mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.up = Experts(spec, inner, ("experts", "mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.down = Experts(spec, outer, ("experts", "embed", "mlp"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "R T D"], step: Step) -> Float[Array, "R T D"]:
-        weights, experts = self.route(self.router(x, step))
         tokens: Axes = ("shard", "tokens", None)
         projections = (self.gate, self.up, self.down)
-        arrays = [p.weight[...] for p in projections]
-        axes: list[Axes] = [p.weight.get_metadata("axes") for p in projections]
-        if self.spec.bias:
-            arrays += [p.bias[...] for p in projections if p.bias is not None]
-            axes += [p.bias.get_metadata("axes") for p in projections if p.bias is not None]
+        params = [p.weight for p in projections] + [p.bias for p in projections if p.bias is not None]
 
-        def local(x: Array, weights: Array, experts: Array, *arrays: Array) -> Array:
-            total: Array = jax.lax.psum(
-                self.run_experts(x[0], weights[0], experts[0], arrays, step), ("tensor", "expert")
-            )
-            return total[None]
+        def local(x: Array, logits: Array, *arrays: Array) -> Array:
+            y = self.run_shard(x[0], *self.route(logits[0]), arrays, step)
+            return (jax.lax.psum(y, "tensor") if step.placement.size("tensor") > 1 else y)[None]
 
-        run = step.placement.map_shards(local, [tokens, tokens, tokens, *axes], tokens)
-        y: Array = run(x, weights, experts, *arrays)
+        axes: list[Axes] = [p.get_metadata("axes") for p in params]
+        run = step.placement.map_shards(local, [tokens, tokens, *axes], tokens)
+        y: Array = run(x, self.router(x, step), *(p[...] for p in params))
         return y
 
-    def route(self, logits: Float[Array, "R T E"]) -> tuple[Float[Array, "R T k"], Int[Array, "R T k"]]:
+    def route(self, logits: Float[Array, "T E"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
         """The weights and the numbers of the experts that each token is sent to."""
         logits = logits.astype(jnp.float32)
         if self.spec.routing == "topk_softmax":
@@ -66,32 +66,70 @@ class Moe(nnx.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights, experts
 
-    def run_experts(
+    def run_shard(
         self, x: Float[Array, "T D"], weights: Float[Array, "T k"], experts: Int[Array, "T k"],
         arrays: tuple[Array, ...], step: Step,
     ) -> Float[Array, "T D"]:  # fmt: skip
-        """What this device's experts, and its part of each, add to the sum."""
+        """This device's tokens through their experts; on a sharded mlp axis its part of the sum."""
+        num_picks, num_places = weights.shape[1], self.spec.num_places
+        places = self.places(experts).reshape(-1)
+        order = jnp.argsort(places, stable=True)
+        sizes = jnp.bincount(places, length=num_places).astype(jnp.int32)
+        rows = x[order // num_picks]
+        if self.spec.num_expert_parts == 1:
+            y = self.run_places(rows, sizes, arrays, step)
+        else:
+            y = self.run_elsewhere(rows, sizes, arrays, step)
+        picked = y[jnp.argsort(order)].reshape(*weights.shape, -1).astype(jnp.float32)
+        return jnp.sum(picked * weights[..., None], axis=1).astype(x.dtype)
+
+    def places(self, experts: Int[Array, "T k"]) -> Int[Array, "T k"]:
+        """A place of each expert: the tokens of a step take turns among its places."""
+        num_experts = self.spec.num_experts
+        num_replicas = (self.spec.num_places - 1 - experts) // num_experts + 1
+        turn = jnp.arange(experts.shape[0])[:, None] + jax.lax.axis_index("expert")
+        return experts + num_experts * (turn % num_replicas)
+
+    def run_elsewhere(
+        self, rows: Float[Array, "M D"], sizes: Int32[Array, " places"], arrays: tuple[Array, ...], step: Step
+    ) -> Float[Array, "M D"]:
+        """`run_places` on the devices that have the places; rows are in the order of places."""
+        num_parts = self.spec.num_expert_parts
+        num_local, num_picks = self.spec.num_places // num_parts, self.spec.num_experts_per_token
+        # The picks of a token are of different experts, and a device has no expert twice.
+        capacity = rows.shape[0] // num_picks * min(num_picks, num_local)
+        table = jax.lax.all_gather(sizes, "expert").reshape(num_parts, num_parts, num_local)
+        sent = table.sum(-1)
+        mine = table[:, jax.lax.axis_index("expert")]  # [senders, local places]
+
+        def exchange(rows: Array, sizes: Array, num_received: int) -> Array:
+            return exchange_rows(
+                rows, sizes, num_received=num_received, capacity=capacity, axis="expert", kernels=step.kernels
+            )
+
+        received = exchange(rows, sent, num_parts * capacity)
+        by_place = segment_rows(received, starts_of(mine).T.reshape(-1), mine.T.reshape(-1), received.shape[0])
+        y = self.run_places(by_place, mine.sum(0), arrays, step)
+        by_sender = segment_rows(y, starts_of(mine.T).T.reshape(-1), mine.reshape(-1), received.shape[0])
+        return exchange(by_sender, sent.T, rows.shape[0])
+
+    def run_places(
+        self, rows: Float[Array, "M D"], sizes: Int32[Array, " local"], arrays: tuple[Array, ...], step: Step
+    ) -> Float[Array, "M D"]:
+        """Rows in the order of this device's places, each through the expert of its place."""
         gate, up, down, *biases = arrays
-        num_local = gate.shape[0]
-        local = experts.reshape(-1) - jax.lax.axis_index("expert") * num_local
-        # Rows of other devices' experts sort behind the last group, where grouped_matmul gives zeros.
-        local = jnp.where((local >= 0) & (local < num_local), local, num_local)
-        order = jnp.argsort(local, stable=True)
-        sizes = jnp.bincount(local, length=num_local + 1)[:num_local].astype(jnp.int32)
-        rows = x[order // weights.shape[1]]
-        group = jnp.minimum(local[order], num_local - 1)
+        row = jnp.arange(rows.shape[0], dtype=jnp.int32)
+        place = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes), row, side="right"), sizes.shape[0] - 1)
 
         def project(rows: Array, weight: Array, bias: Array | None) -> Array:
             y = grouped_matmul(rows, weight, sizes, kernels=step.kernels)
-            return y if bias is None else y + bias[group]
+            return y if bias is None else y + bias[place]
 
         gate_bias, up_bias, down_bias = biases or (None, None, None)
         if down_bias is not None:  # the parts of a sharded mlp axis are summed: only one of them adds the bias
             down_bias = jnp.where(jax.lax.axis_index("tensor") == 0, down_bias, 0)
         inner = self.activate(project(rows, gate, gate_bias), project(rows, up, up_bias))
-        y = project(inner, down, down_bias)
-        scale = jnp.where(local[order] < num_local, weights.reshape(-1)[order], 0).astype(y.dtype)
-        return jnp.zeros_like(x).at[order // weights.shape[1]].add(y * scale[:, None])
+        return project(inner, down, down_bias)
 
     def activate(self, gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
         """The gated activation; with `swiglu_alpha`, gpt-oss's clamped one."""

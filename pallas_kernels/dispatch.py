@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from ..errors import KernelError
 
 Platform = Literal["cpu", "gpu"]
-Operation = Literal["paged_attention", "quantized_matmul", "grouped_matmul"]
+Operation = Literal["paged_attention", "quantized_matmul", "grouped_matmul", "row_exchange"]
 
 _logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..errors import InvalidRequestError
+from ..errors import GroupError, InvalidRequestError
 from .assembly import assemble
 from .chat_template import ChatRenderer
 from .config import RuntimeConfig
@@ -38,7 +38,7 @@ class Runtime:
         self.default_sampling_params = engine.source.default_sampling_params
         self._limits = engine.limits
         self._tokenizer = engine.limits.tokenizer
-        self._loop = StepLoop(engine.scheduler, engine.executor)
+        self._loop = StepLoop(engine.scheduler, engine.executor, engine.group)
         self._weights = LiveWeights(
             self._loop, engine.executor, engine.source, show_progress=bool(self.config.progress)
         )
@@ -147,6 +147,26 @@ class Runtime:
           RuntimeClosedError: the runtime was closed.
         """
         self._weights.save(store)
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the group that this one belongs to; 1 on its own."""
+        return self._loop.group.num_processes
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether requests are made here: always, but in a group of processes only in process 0."""
+        return self._loop.group.leads
+
+    def follow(self) -> None:
+        """In the other processes of a group: do what process 0 decides, until it closes.
+
+        Raises:
+          GroupError: a process failed, or this is process 0.
+        """
+        if self.takes_requests:
+            raise GroupError("process 0 takes the requests; follow() is for the other processes of a group.")
+        self._loop.follow(self._weights.swap_from_store)
 
     def close(self) -> None:
         """Abort what is running and end the step loop; closing twice does nothing."""

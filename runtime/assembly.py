@@ -13,10 +13,13 @@ from ..errors import ConfigError
 from ..models.decoder import Params
 from ..sharding.mesh import make_mesh
 from . import host_memory
+from .artifacts import load_programs, with_options_of
 from .checkpoint import Checkpoint
 from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig
 from .deployment import Deployment, deploy
+from .distributed import check_mesh, config_facts, start
 from .executor import Executor
+from .group import Group
 from .model_source import ModelSource, open_model
 from .param_tree import flatten
 from .programs import Programs, compile_programs
@@ -38,6 +41,7 @@ class Engine:
     limits: RequestLimits
     scheduler: Scheduler
     executor: Executor
+    group: Group
 
 
 def assemble(config: RuntimeConfig) -> Engine:
@@ -46,10 +50,22 @@ def assemble(config: RuntimeConfig) -> Engine:
     Raises:
       ConfigError, CheckpointError, KernelError, OutOfMemoryError: what is wrong and what mends it.
     """
+    config = with_options_of(config)
+    group = start(config)
+    try:
+        return _assemble(config, group)
+    except BaseException as error:
+        group.fail(error)
+        raise
+
+
+def _assemble(config: RuntimeConfig, group: Group) -> Engine:
     source = open_model(config.model, config.revision)
     keep_programs(config.compile_cache_dir)
     mesh = make_mesh(dict(config.mesh or ()))
-    deployment = deploy(config, source.config, mesh, device_memory(mesh))
+    check_mesh(mesh, group)
+    deployment = deploy(config, source.config, mesh, group.least(device_memory(mesh)))
+    group.check_alike({**config_facts(deployment.config), "the model": source.config})
     config, model = deployment.config, deployment.model
     if config.weights == "host":
         check_host_memory(sum(spec.num_bytes for spec in flatten(model.decoder.specs)[0].values()))
@@ -67,6 +83,7 @@ def assemble(config: RuntimeConfig) -> Engine:
         limits=limits,
         scheduler=Scheduler(deployment.scheduler),
         executor=Executor(model, deployment.buckets, programs, params),
+        group=group,
     )
 
 
@@ -113,18 +130,25 @@ def _load_and_compile(source: ModelSource, deployment: Deployment) -> tuple[Para
                 loading.result()  # raises what went wrong
 
         try:
-            programs = compile_programs(
-                deployment.model,
-                deployment.buckets,
-                streams=deployment.sizes is not None,
-                show_progress=deployment.config.progress,
-                before_each=before_each,
-            )
+            programs = _programs(deployment, before_each)
             return loading.result(), programs
         except BaseException:
             is_given_up.set()
             loading.add_done_callback(_close_stream)
             raise
+
+
+def _programs(deployment: Deployment, before_each: Callable[[], None]) -> Programs:
+    """From the artifact, where one is named, else from the compiler."""
+    if deployment.config.artifact is not None:
+        return load_programs(Path(deployment.config.artifact).expanduser(), deployment, before_each=before_each)
+    return compile_programs(
+        deployment.model,
+        deployment.buckets,
+        streams=deployment.sizes is not None,
+        show_progress=deployment.config.progress,
+        before_each=before_each,
+    )
 
 
 def _load(source: ModelSource, deployment: Deployment, on_part: Callable[[], None]) -> Params | StreamedParams:

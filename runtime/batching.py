@@ -18,6 +18,7 @@ from .sequence import Sequence
 # Sampling parameters of a row, as they lie in the packed array; floats by their bits.
 _FLOATS = ("temperature", "top_p", "min_p", "presence", "frequency", "repetition")
 _INTS = ("top_k", "seed_hi", "seed_lo", "n_index", "min_position")
+_PARAMS = (*_FLOATS, *_INTS)
 _TOKEN_FIELDS = ("tokens", "positions", "rows", "targets")
 NUM_FLAGS = 2 + len(Wants._fields)  # num_steps, any_prompt_logprobs, then those of Wants
 FROM_SLOT = -1  # in place of a token: the one that its slot sampled last, which only the device knows
@@ -57,7 +58,7 @@ class Layout:
             "budgets": (rows,),
             "kv_lens": (rows,),
             "page_tables": (rows, self.pages_per_slot),
-            **dict.fromkeys((*_FLOATS, *_INTS), (rows,)),
+            **dict.fromkeys(_PARAMS, (rows,)),
         }
         if not self.bucket.is_decode:
             fields |= {"cu_query_lens": (rows + 1,), **dict.fromkeys(_TOKEN_FIELDS, (tokens,))}
@@ -69,11 +70,11 @@ class Layout:
         return sum(math.prod(shape) for shape in self.fields().values())
 
     def views(self, packed: np.ndarray) -> dict[str, np.ndarray]:
-        """Each field as a view into one row of the packed array."""
+        """Each field as a view into the packed array [..., C]."""
         views, offset = {}, 0
         for name, shape in self.fields().items():
             size = math.prod(shape)
-            view = packed[offset : offset + size].reshape(shape)
+            view = packed[..., offset : offset + size].reshape(*packed.shape[:-1], *shape, copy=False)
             views[name] = view.view(np.float32) if name in _FLOATS else view
             offset += size
         return views
@@ -113,9 +114,8 @@ class Batcher:
 
     def __init__(self, num_shards: int, num_slots: int, pages_per_slot: int) -> None:
         shape = (num_shards, num_slots)
-        self._params = {name: np.zeros(shape, np.float32) for name in _FLOATS}
-        self._params |= {name: np.zeros(shape, np.int32) for name in _INTS}
-        self._wants = {name: np.zeros(shape, bool) for name in Wants._fields}
+        self._params = np.zeros((*shape, len(_PARAMS)), np.int32)
+        self._wants = np.zeros((*shape, len(Wants._fields)), bool)
         self._pages_per_slot = pages_per_slot
         self._num_slots = num_slots
 
@@ -142,8 +142,7 @@ class Batcher:
             "n_index": sequence.index,
             "min_position": sequence.prompt_len + params.min_tokens,
         }
-        for name, value in values.items():
-            self._params[name][at] = value
+        self._params[at] = [_bits(values[name]) if name in _FLOATS else values[name] for name in _PARAMS]
         penalties = (params.presence_penalty, params.frequency_penalty, params.repetition_penalty - 1)
         is_random = params.temperature > 0
         wants = {
@@ -156,41 +155,59 @@ class Batcher:
             "any_min_tokens": params.min_tokens > 0,
             "any_logprobs": params.logprobs is not None,
         }
-        for name, table in self._wants.items():
-            table[at] = wants[name]
+        self._wants[at] = [wants[name] for name in Wants._fields]
 
     def pack(self, plan: StepPlan, bucket: Bucket) -> Control:
         """Fresh arrays each step: on a CPU the device reads the host's memory, possibly after this returns."""
         layout = self.layout(bucket)
         packed = np.zeros((len(plan.shards), layout.width), np.int32)
         flags = np.zeros(NUM_FLAGS, np.int32)
+        views = layout.views(packed)
+        shard, row, slots = _rows(plan)
+        self._fill_rows(views, plan, (shard, row, slots))
+        if not bucket.is_decode:
+            for r, shard_plan in enumerate(plan.shards):
+                _fill_tokens({name: view[r] for name, view in views.items()}, shard_plan, bucket)
+        chunks = (chunk for shard_plan in plan.shards for chunk in shard_plan.chunks)
         flags[0] = plan.num_steps
-        for r, shard in enumerate(plan.shards):
-            chunk_slots = np.array([chunk.slot for chunk in shard.chunks], np.int32)
-            slots = np.concatenate([shard.slots, chunk_slots])
-            views = layout.views(packed[r])
-            self._fill_rows(views, r, shard, slots)
-            if not bucket.is_decode:
-                _fill_tokens(views, shard, bucket)
-                flags[1] |= any(c.sequence.request.params.prompt_logprobs is not None for c in shard.chunks)
-            for i, name in enumerate(Wants._fields):
-                flags[2 + i] |= self._wants[name][r, slots].any()
+        flags[1] = any(c.sequence.request.params.prompt_logprobs is not None for c in chunks)
+        flags[2:] = self._wants[shard, slots].any(axis=0)
         return Control(packed, flags)
 
-    def _fill_rows(self, views: dict[str, np.ndarray], r: int, shard: ShardPlan, slots: np.ndarray) -> None:
-        num_rows, num_decoding = len(slots), len(shard.slots)
-        views["slots"][:] = self._num_slots  # padding rows have no slot: what they would record is dropped
-        views["slots"][:num_rows] = slots
-        views["budgets"][:num_decoding] = shard.budgets
-        views["kv_lens"][:num_decoding] = shard.positions + 1
-        for row, chunk in enumerate(shard.chunks, start=num_decoding):
-            views["budgets"][row] = chunk.samples
-            views["kv_lens"][row] = chunk.start + chunk.num_tokens
-        views["page_tables"][:num_rows] = shard.page_tables
-        views["repetition"][num_rows:] = 1
-        views["top_p"][num_rows:] = 1
-        for name, table in self._params.items():
-            views[name][:num_rows] = table[r, slots]
+    def _fill_rows(self, views: dict[str, np.ndarray], plan: StepPlan, rows: tuple[np.ndarray, ...]) -> None:
+        """Every row of every shard at once: decodes from the arrays of the plan, chunks one by one."""
+        shard, row, slots = rows
+        at = (shard, row)
+        views["slots"][...] = self._num_slots  # padding rows have no slot: what they would record is dropped
+        views["slots"][at] = slots
+        views["page_tables"][at] = np.concatenate([part.page_tables for part in plan.shards])
+        views["repetition"][...] = views["top_p"][...] = 1
+        params = self._params[shard, slots]
+        for i, name in enumerate(_PARAMS):
+            views[name].view(np.int32)[at] = params[:, i]
+        decodes = at
+        if not plan.is_decode:
+            is_decode = row < np.array([len(part.slots) for part in plan.shards])[shard]
+            decodes = (shard[is_decode], row[is_decode])
+        views["budgets"][decodes] = np.concatenate([part.budgets for part in plan.shards])
+        views["kv_lens"][decodes] = np.concatenate([part.positions for part in plan.shards]) + 1
+        for r, part in enumerate(plan.shards):
+            for b, chunk in enumerate(part.chunks, start=len(part.slots)):
+                views["budgets"][r, b] = chunk.samples
+                views["kv_lens"][r, b] = chunk.start + chunk.num_tokens
+
+
+def _rows(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shard, row and slot of all rows, shard by shard."""
+    counts = [part.num_rows for part in plan.shards]
+    shard = np.repeat(np.arange(len(counts)), counts)
+    row = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
+    parts = []
+    for part in plan.shards:
+        parts.append(part.slots)
+        if part.chunks:
+            parts.append(np.array([chunk.slot for chunk in part.chunks], np.int32))
+    return shard, row, np.concatenate(parts)
 
 
 def _fill_tokens(views: dict[str, np.ndarray], shard: ShardPlan, bucket: Bucket) -> None:
@@ -218,3 +235,8 @@ def _fill_tokens(views: dict[str, np.ndarray], shard: ShardPlan, bucket: Bucket)
 
 def _signed(word: int) -> int:
     return word - 2**32 if word >= 2**31 else word
+
+
+def _bits(value: float) -> int:
+    """A float32's, as an int32."""
+    return int(np.float32(value).view(np.int32))

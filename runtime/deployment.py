@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ..models.config import ModelConfig
 from ..models.decoder import AbstractDecoder
 from ..models.kv_cache import cache_spec
-from ..models.partition import partition
+from ..models.partition import partition, with_places
 from ..pallas_kernels.dispatch import KernelChoices, Platform
 from ..sharding.rules import Placement
 from .buckets import Bucket, make_buckets
@@ -60,7 +60,7 @@ def deploy(config: RuntimeConfig, model_config: ModelConfig, mesh: Mesh, memory_
     placement = partition(model_config, mesh)
     config = resolve(config, model_config, dtype)
     config = config.replace(mesh=tuple((str(axis), int(size)) for axis, size in mesh.shape.items()))
-    decoder = AbstractDecoder(model_config, dtype)
+    decoder = AbstractDecoder(with_places(model_config, mesh), dtype)
     sizes = None
     weight_bytes = sum(map(placement.shard_bytes, flatten(decoder.specs)[0].values()))
     if config.weights != "resident":

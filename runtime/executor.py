@@ -12,6 +12,7 @@ from ..sharding.rules import Placement
 from ..sharding.specs import ParamSpec
 from .batching import Batcher
 from .buckets import Bucket, pick
+from .host_arrays import place
 from .logprobs import Scores
 from .param_tree import flatten
 from .plan import StepPlan
@@ -87,7 +88,7 @@ class Executor:
         packed: Any = control.packed
         flags: Any = control.flags
         if not self._is_one_device:  # numpy goes to one device first, unless told where
-            packed, flags = jax.device_put((packed, flags), (self._per_shard, self._everywhere))
+            packed, flags = place((packed, flags), (self._per_shard, self._everywhere))
         step: Any = self._programs.steps[bucket]
         try:
             self._state, outputs = step(self._params, self._state, packed, flags)
@@ -156,5 +157,5 @@ class Executor:
         arguments: Any = (slots, row)
         if not self._is_one_device:
             rows = jax.tree.map(lambda _: self._everywhere, row)
-            arguments = jax.device_put(arguments, (self._model.placement.sharding(("shard",)), rows))
+            arguments = place(arguments, (self._model.placement.sharding(("shard",)), rows))
         self._state = self._programs.install(self._state, *arguments)

@@ -6,6 +6,7 @@ command line, 130 after Ctrl-C, 141 where the reader of a pipe went away.
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -102,7 +103,17 @@ def _open_runtime(values: Mapping[str, Any]) -> "Runtime":
     config = resolve(values)
     from .api import Runtime
 
-    return Runtime(config)
+    runtime = Runtime(config)
+    if runtime.num_processes > 1:  # gloo writes to stdout that it is connected: results alone belong there
+        sys.stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), 1)
+    if runtime.takes_requests:
+        return runtime
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes: process 0 ends them
+    with runtime:
+        print("millrace: following process 0", file=sys.stderr, flush=True)
+        runtime.follow()
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":

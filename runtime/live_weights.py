@@ -57,12 +57,14 @@ class LiveWeights:
         if running not in get_args(OnWeightsUpdate):
             raise ConfigError(f'running should be "drain" or "immediate"; got {shown(running)}')
         if isinstance(weights, str | Path):
-            swap = self._swap_from_store(weights)
+            swap = self.swap_from_store(weights)
+        elif isinstance(weights, Mapping) and self._loop.group.num_processes > 1:
+            raise ConfigError("a group of several processes takes weights from a store: give its path or URL.")
         elif isinstance(weights, Mapping):
             swap = self._swap_from_arrays(weights)
         else:
             raise ConfigError(f"weights should be a dict of arrays, or a store's path or URL; got {shown(weights)}")
-        version = self._loop.update_weights(swap, running)
+        version = self._loop.update_weights(swap, running, str(weights) if isinstance(weights, str | Path) else "")
         try:
             return version.result()
         except BaseException:
@@ -72,6 +74,8 @@ class LiveWeights:
     def save(self, place: Path | str) -> None:
         """Write the weights of this moment as a store; see Runtime.save_weights."""
         self._loop.check_open()
+        if self._loop.group.num_processes > 1:
+            raise ConfigError("save_weights() writes what one process holds; this is a group of several.")
         with self._swapping:
             params, streamed, version = self._executor.params, self._streamed, self._loop.weights_version
             snapshot = None if params is None else jax.tree.map(alias, params)
@@ -97,7 +101,12 @@ class LiveWeights:
         ready = {leaf.path: arrays[leaf.path] for leaf in leaves if _is_placed(arrays[leaf.path], leaf.spec, placement)}
         return lambda: self._replace(leaves, ready)
 
-    def _swap_from_store(self, place: Path | str) -> Callable[[], None]:
+    def swap_from_store(self, place: Path | str) -> Callable[[], None]:
+        """What replaces the weights by a store's, which is checked now.
+
+        Raises:
+          CheckpointError: what is wrong with it.
+        """
         store, specs = open_store(place), self._executor.specs
         check_store(store, specs)
         _check_model(store, self._source.config)
@@ -165,8 +174,8 @@ def _by_path(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _check_array(path: str, array: object, spec: ParamSpec) -> None:
     if not isinstance(array, np.ndarray | jax.Array):
         raise ConfigError(f"weights: {path} should be a numpy or jax array; got {shown(array)}")
-    if array.shape != spec.shape:
-        raise ConfigError(f"weights: {path} should have the shape {list(spec.shape)}; got {list(array.shape)}")
+    if array.shape != spec.stored_shape:
+        raise ConfigError(f"weights: {path} should have the shape {list(spec.stored_shape)}; got {list(array.shape)}")
     are_floats = jnp.issubdtype(array.dtype, jnp.floating) and jnp.issubdtype(spec.dtype, jnp.floating)
     if array.dtype != spec.dtype and not are_floats:
         raise ConfigError(
@@ -191,6 +200,7 @@ def _is_placed(array: object, spec: ParamSpec, placement: Placement) -> bool:
     sharding = placement.sharding(spec.axes)
     return (
         isinstance(array, jax.Array)
+        and array.shape == spec.shape
         and array.dtype == spec.dtype
         and array.sharding.is_equivalent_to(sharding, len(spec.shape))
     )
@@ -207,7 +217,7 @@ def _check_values(leaves: Iterable[Leaf]) -> None:
     """
     for leaf in leaves:
         for part in leaf.parts:
-            region = tuple(slice(0, size) for size in leaf.spec.shape[len(part.index) :])
+            region = tuple(slice(0, size) for size in leaf.spec.stored_shape[len(part.index) :])
             check_finite(to_dtype(part.read([region])[0], leaf.spec.dtype, leaf.path), leaf.path)
 
 

@@ -7,9 +7,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from ..sharding.rules import RULES, Placement
+
 MAX_LOGPROBS: Final = 20
 BLOCK_LEN: Final = 64
 """Rows of a prompt whose logits exist at the same time."""
+
+
+type TopK = Callable[[Array, int], tuple[Array, Array]]  # of the last axis: values and ids, the highest first
 
 
 class Scores(NamedTuple):
@@ -21,14 +26,39 @@ class Scores(NamedTuple):
     top_logprobs: Float[Array, "B 20"]
 
 
-def score(logits: Float[Array, "B V"], tokens: Int[Array, " B"]) -> Scores:
+def sharded_top_k(placement: Placement) -> TopK:
+    """lax.top_k over a vocabulary that may be sharded: each shard's highest, then the highest of those.
+
+    lax.top_k itself would gather the vocabulary, and the rows of other data shards with it.
+    """
+    (axis,), num_parts = RULES["vocab"], placement.num_parts("vocab")
+
+    def top_k(logits: Float[Array, "B V"], num: int) -> tuple[Array, Array]:
+        def local(part: Array) -> tuple[Array, Array]:
+            values, ids = lax.top_k(part, min(num, part.shape[-1]))
+            if num_parts == 1:
+                return values, ids
+            ids += lax.axis_index(axis) * part.shape[-1]
+            values, ids = (lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True) for x in (values, ids))
+            values, places = lax.top_k(values, num)
+            return values, jnp.take_along_axis(ids, places, axis=-1)
+
+        found: tuple[Array, Array] = placement.map_shards(local, [(None, "vocab")], [(None, None), (None, None)])(
+            logits
+        )
+        return found
+
+    return top_k
+
+
+def score(logits: Float[Array, "B V"], tokens: Int[Array, " B"], top_k: TopK = lax.top_k) -> Scores:
     """The scores of one token per row; those of the token -1 mean nothing."""
     logits = logits.astype(jnp.float32)
     top = jnp.max(logits, axis=-1, keepdims=True)
     normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
     chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=-1)
     width = min(MAX_LOGPROBS, logits.shape[-1])
-    values, ids = lax.top_k(logits, width)
+    values, ids = top_k(logits, width)
     padding = ((0, 0), (0, MAX_LOGPROBS - width))
     return Scores(
         logprob=(chosen - normaliser)[:, 0],
@@ -53,6 +83,7 @@ def prompt_logprobs(
     logits_of: Callable[[Float[Array, "C D"]], Float[Array, "C V"]],
     targets: Int[Array, " T"],
     wanted: Bool[Array, ""],
+    top_k: TopK = lax.top_k,
 ) -> Scores:
     """The scores [T, ...] of each row's target (the token after it), block by block so that [T, V] never exists.
 
@@ -67,7 +98,7 @@ def prompt_logprobs(
         return padded.reshape(-1, block_len, *rows.shape[1:])
 
     def all_scores() -> Scores:
-        scores = lax.map(lambda block: score(logits_of(block[0]), block[1]), (blocks(hidden), blocks(targets)))
+        scores = lax.map(lambda block: score(logits_of(block[0]), block[1], top_k), (blocks(hidden), blocks(targets)))
         return Scores(*(x.reshape(-1, *x.shape[2:])[:num_rows] for x in scores))
 
     scores: Scores = lax.cond(wanted, all_scores, lambda: no_scores(num_rows))

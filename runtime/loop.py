@@ -1,4 +1,7 @@
-"""The step loop: plan, run, commit, with commit one step behind, so that the host plans while the device computes."""
+"""The step loop: plan, run, commit, with commit one step behind, so that the host plans while the device computes.
+
+Before each plan comes a turn. Process 0 decides it, and tells the others of its group, if there are any; all do it.
+"""
 
 import contextlib
 import dataclasses
@@ -8,22 +11,18 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, InvalidStateError
 
-import numpy as np
-
-from ..errors import MillraceError, RuntimeClosedError, StepError
-from .completion import TokenEvent
+from ..errors import GroupError, MillraceError, RuntimeClosedError, StepError
+from .delivery import Delivery
 from .executor import Executor, StepResult
+from .group import Group
 from .handle import RequestHandle
-from .logprobs import Scores
-from .plan import Progress, StepPlan
+from .plan import StepPlan
 from .sampling_params import OnWeightsUpdate
 from .scheduler import Scheduler
 from .sequence import Sequence, Status
+from .turn import Ending, Turn, plan_digest
 
-_NO_TOKEN = (
-    "the model's logits hold NaN or infinity, or its options leave no token; use dtype=float32 if the checkpoint "
-    "overflows its dtype"
-)
+_DIGEST_EVERY = 16  # turns
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +30,7 @@ class _Update:
     """New weights that wait for their turn."""
 
     swap: Callable[[], None]
+    store: str  # whence the other processes take them; "" for arrays
     running: OnWeightsUpdate  # what happens to requests that do not say it themselves
     version: Future[int]
 
@@ -40,28 +40,35 @@ class _Update:
 
 
 class StepLoop:
-    """One thread that owns scheduler and executor; others reach it through an inbox."""
+    """Owns scheduler and executor: one thread in process 0, which others reach through an inbox; `follow` elsewhere."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, group: Group | None = None) -> None:
         self._scheduler = scheduler
         self._executor = executor
+        self.group = group or Group()
         self._inbox: list[RequestHandle] = []
         self._cancelled: list[RequestHandle] = []
         self._updates: deque[_Update] = deque()
+        self._due: deque[_Update] = deque()  # of this turn
         self._changed = threading.Condition()
         self._is_closing = False
         self._error: BaseException | None = None
-        self._handles: dict[Sequence, RequestHandle] = {}
-        self._sequences: dict[RequestHandle, tuple[Sequence, ...]] = {}
+        self._delivery = Delivery()
+        self._sequences: dict[tuple[int, int], Sequence] = {}  # that have not ended, by arrival
         self._in_flight: tuple[StepPlan, StepResult] | None = None
+        self._num_turns = self._num_plans = self._digest = 0
+        self._swap_to: Callable[[str], Callable[[], None]] | None = None
         self._thread = threading.Thread(target=self._run, name="millrace-step-loop", daemon=True)
-        self._thread.start()
+        if self.group.leads:
+            self.group.before_the_end(self._fail_waiting)
+            self._thread.start()
 
     def submit(self, handles: Items[RequestHandle]) -> None:
         """Queue requests, all before the same plan.
 
         Raises:
           RuntimeClosedError: the loop has ended.
+          GroupError: this is not process 0.
         """
         with self._changed:
             self.check_open()
@@ -74,21 +81,38 @@ class StepLoop:
             self._cancelled.append(handle)
             self._changed.notify()
 
-    def update_weights(self, swap: Callable[[], None], running: OnWeightsUpdate) -> "Future[int]":
+    def update_weights(self, swap: Callable[[], None], running: OnWeightsUpdate, store: str = "") -> "Future[int]":
         """Queue new weights: `swap` is called between two steps, once what must end on the old weights has ended.
 
         Until then no request starts. An error of the tree that `swap` raises says that the old weights stand; any
-        other ends the loop. The future brings the new version; cancelling it withdraws what has not begun.
+        other ends the loop. The future brings the new version; cancelling it withdraws what has not begun. The other
+        processes of a group take them from `store`.
 
         Raises:
           RuntimeClosedError: the loop has ended; the future brings it if that happens later.
+          GroupError: this is not process 0.
         """
         with self._changed:
             self.check_open()
-            update = _Update(swap, running, Future())
+            update = _Update(swap, store, running, Future())
             self._updates.append(update)
             self._changed.notify()
         return update.version
+
+    def follow(self, swap_to: Callable[[str], Callable[[], None]]) -> None:
+        """Do what process 0 decides, until it closes; `swap_to` makes the swap to a store's weights.
+
+        Raises:
+          GroupError: a process is gone, or plans differ.
+        """
+        self._swap_to = swap_to
+        try:
+            self._take_turns(lambda: Turn.from_json(self.group.receive()))
+        except BaseException as error:
+            self._error = error
+            self.group.fail(error)
+            raise
+        self._is_closing = True
 
     @property
     def weights_version(self) -> int:
@@ -96,18 +120,24 @@ class StepLoop:
         return self._scheduler.weights_version
 
     def check_open(self) -> None:
-        """Raises RuntimeClosedError if the loop has ended."""
+        """Raises RuntimeClosedError if the loop has ended, GroupError where it takes no requests."""
         with self._changed:
             if self._error is not None or self._is_closing:
                 raise self._ended() from self._error
+        if not self.group.leads:
+            raise GroupError(
+                f"process {self.group.process_id} of {self.group.num_processes} takes no requests: call follow() "
+                "here, and everything else in process 0."
+            )
 
     def close(self) -> None:
         """Abort what is running and end the thread."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
+        self.group.close()
 
     def _ended(self) -> RuntimeClosedError:
         if self._error is not None:
@@ -116,68 +146,139 @@ class StepLoop:
 
     def _run(self) -> None:
         try:
-            while self._take_inbox():
-                self._swap_weights()
-                self._step()
-            self._abort(list(self._sequences))
+            self._take_turns(self._decide)
         except BaseException as error:  # every waiting reader must learn of it, whatever it is
-            with self._changed:
-                self._error = error
-                waiting = [*self._inbox, *self._sequences]
-            for handle in waiting:
-                handle.fail(error)
-        for update in self._updates:
+            self._fail_waiting(error)
+            self.group.fail(error)
+        for update in (*self._due, *self._updates):
             with contextlib.suppress(InvalidStateError):  # withdrawn
                 update.version.set_exception(self._ended())
 
-    def _take_inbox(self) -> bool:
-        """Wait for work, take what arrived; False when closing."""
+    def _fail_waiting(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = self._error or error
+            waiting = [*self._inbox, *self._delivery.waiting()]
+        for handle in waiting:
+            handle.fail(error)
+
+    # ---- a turn
+
+    def _take_turns(self, next_turn: Callable[[], Turn]) -> None:
+        is_last = False
+        while not is_last:
+            turn = next_turn()
+            self._num_turns += 1
+            self._check_digest(turn.digest)
+            self._take(turn)
+            is_last = turn.is_last
+            if not is_last:
+                self._swap_weights(turn)
+                self._step()
+        if self._in_flight is not None:
+            self._in_flight[1].tokens()  # nobody leaves while others wait in a collective
+
+    def _decide(self) -> Turn:
+        """Process 0: wait for work, take what arrived, and tell the others."""
         with self._changed:
             self._changed.wait_for(self._has_news)
             arrived, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
-            is_closing = self._is_closing
-        self._sequences.update(dict.fromkeys(arrived, ()))  # should add() fail, its handles are among the waiting
-        for handle in arrived:
-            sequences = self._scheduler.add(handle.request)
-            self._sequences[handle] = sequences
-            self._handles.update(dict.fromkeys(sequences, handle))
-        self._abort(cancelled)
-        return not is_closing
+            is_last = self._is_closing
+            for handle in arrived:  # from here on it is among those that wait
+                self._delivery.take(handle)
+        for handle in self._delivery.waiting() if is_last else cancelled:
+            self._delivery.cancel(handle)
+        ended = self._delivery.endings()
+        self._due += () if is_last else self._pop_due(ended)
+        turn = Turn(
+            arrived=tuple(handle.request for handle in arrived),
+            ended=ended,
+            weights=tuple(update.store for update in self._due),
+            starts_requests=not self._updates,
+            is_last=is_last,
+            digest=self._digest if self._num_turns % _DIGEST_EVERY == 0 else None,
+        )
+        if self.group.num_processes > 1:
+            self.group.send(turn.to_json())
+        return turn
 
     def _has_news(self) -> bool:
         is_busy = self._sequences or self._in_flight is not None
         return bool(is_busy or self._inbox or self._cancelled or self._updates or self._is_closing)
 
-    def _swap_weights(self) -> None:
-        """Take the new weights whose turn has come; while some wait, no request starts."""
+    def _pop_due(self, ended: Items[Ending]) -> list[_Update]:
+        """The updates whose turn has come: nothing that waits has to end first."""
+        gone = {ending.arrival for ending in ended}
+        started = [sequence for sequence in self._scheduler.started() if sequence.arrival not in gone]
+        due = []
         while self._updates:
             update = self._updates[0]
-            if not update.version.cancelled() and any(map(update.waits_for, self._scheduler.started())):
+            if not update.version.cancelled() and any(map(update.waits_for, started)):
                 break
-            self._commit_in_flight()  # with the version that computed it; and the device lets go of the old weights
-            if update.version.set_running_or_notify_cancel():
-                try:
-                    update.swap()
-                except MillraceError as error:
-                    update.version.set_exception(error)
-                else:
-                    self._scheduler.weights_version += 1
-                    update.version.set_result(self._scheduler.weights_version)
             self._updates.popleft()
-        self._scheduler.starts_requests = not self._updates
+            if update.version.set_running_or_notify_cancel():
+                due.append(update)
+        return due
+
+    def _check_digest(self, digest: int | None) -> None:
+        if digest is not None and digest != self._digest:
+            raise GroupError(
+                f"process {self.group.process_id} of {self.group.num_processes} planned other steps than process 0, "
+                f"somewhere in the last {_DIGEST_EVERY} turns before step {self._num_plans}. Start the group again; "
+                "if that happens again, it is a bug."
+            )
+
+    def _take(self, turn: Turn) -> None:
+        for request in turn.arrived:
+            self._sequences.update({sequence.arrival: sequence for sequence in self._scheduler.add(request)})
+        for ending in turn.ended:
+            sequence = self._sequences.pop(ending.arrival, None)
+            if sequence is not None:
+                self._scheduler.finish(sequence, ending.reason, ending.stop_reason)
+                self._delivery.tell_end(sequence)
+
+    def _swap_weights(self, turn: Turn) -> None:
+        """Take the weights whose turn has come; while others wait, no request starts."""
+        for store in turn.weights:
+            self._commit_in_flight()  # with the version that computed it; and the device lets go of the old weights
+            if self.group.leads:
+                self._swap(self._due[0])
+                self._due.popleft()
+            else:
+                assert self._swap_to is not None
+                self._swap_to(store)()
+                self._scheduler.weights_version += 1
+        self._scheduler.starts_requests = turn.starts_requests
+
+    def _swap(self, update: _Update) -> None:
+        try:
+            update.swap()
+        except MillraceError as error:
+            update.version.set_exception(error)
+            if self.group.num_processes > 1:
+                raise  # the others may have the new ones
+        else:
+            self._scheduler.weights_version += 1
+            update.version.set_result(self._scheduler.weights_version)
+
+    # ---- a step
 
     def _step(self) -> None:
         plan = self._scheduler.plan()
         result, failure = None, None
         if plan is not None:
+            self._num_plans += 1
+            if self.group.num_processes > 1:
+                self._digest = plan_digest(plan, self._digest)
             try:
                 result = self._executor.run(plan)
             except StepError as error:
+                if self.group.num_processes > 1:
+                    raise  # the others have run it
                 failure = error
         self._commit_in_flight()
         if plan is not None and failure is not None:
-            self._fail(plan, failure)
+            self._delivery.fail_plan(plan, failure)
         if plan is not None and result is not None:
             self._in_flight = plan, result
             if not self._executor.overlaps:  # all of the step is behind us: nothing is gained by planning ahead
@@ -188,86 +289,7 @@ class StepLoop:
             return
         plan, result = self._in_flight
         for progress in self._scheduler.commit(plan, result.tokens()):
-            self._deliver(progress, result)
+            self._delivery.deliver(progress, result)
+            if progress.sequence.status is Status.FINISHED:
+                self._sequences.pop(progress.sequence.arrival, None)
         self._in_flight = None
-
-    def _fail(self, plan: StepPlan, error: StepError) -> None:
-        """End every request that a step touched which was not computed."""
-        for shard in plan.shards:
-            for sequence in (*shard.decoding, *(chunk.sequence for chunk in shard.chunks)):
-                handle = self._handles.get(sequence)
-                if handle is not None:
-                    handle.fail(error)
-                    self._drop(handle)
-
-    def _deliver(self, progress: Progress, result: StepResult) -> None:
-        sequence = progress.sequence
-        handle = self._handles.get(sequence)
-        if handle is None:  # cancelled while the step was in flight
-            return
-        params = sequence.request.params
-        if progress.chunk is not None and params.prompt_logprobs is not None and sequence.index == 0:
-            self._deliver_prompt(progress, handle, result)
-        if sequence.status is Status.FINISHED and sequence.finish_reason == "abort":
-            handle.fail(MillraceError(_NO_TOKEN))
-            self._drop(handle)
-            return
-        scores = _rows(result.scores(), progress) if params.logprobs is not None and progress.tokens else None
-        handle.num_cached_tokens = sequence.num_cached_tokens
-        handle.num_preemptions = sequence.num_preemptions
-        if not progress.tokens:
-            return
-        try:
-            stop = handle.push(_event(sequence, progress.tokens, scores))
-        except Exception as error:  # its text cannot be made: no business of its neighbours
-            handle.fail(error)
-            self._drop(handle)
-            return
-        if stop is not None:
-            self._scheduler.finish(sequence, "stop", stop)
-        if sequence.status is Status.FINISHED:
-            self._forget(sequence)
-
-    def _deliver_prompt(self, progress: Progress, handle: RequestHandle, result: StepResult) -> None:
-        chunk = progress.chunk
-        assert chunk is not None
-        prompt = progress.sequence.request.prompt_token_ids
-        targets = prompt[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
-        at = slice(progress.first_token, progress.first_token + len(targets))
-        scores = Scores(*(array[progress.shard, at] for array in result.prompt_scores()))
-        handle.push_prompt_scores(chunk.start + 1, targets, scores)
-
-    def _forget(self, sequence: Sequence) -> None:
-        handle = self._handles.pop(sequence)
-        if not any(other in self._handles for other in self._sequences[handle]):
-            del self._sequences[handle]
-
-    def _abort(self, handles: Items[RequestHandle]) -> None:
-        for handle in handles:
-            for sequence in self._drop(handle):
-                handle.push(_event(sequence, (), None))
-
-    def _drop(self, handle: RequestHandle) -> list[Sequence]:
-        """Forget a request; returns its sequences that had not ended, which the scheduler ends."""
-        dropped = [s for s in self._sequences.pop(handle, ()) if self._handles.pop(s, None) is not None]
-        for sequence in dropped:
-            self._scheduler.finish(sequence, "abort")
-        return dropped
-
-
-def _event(sequence: Sequence, tokens: tuple[int, ...], scores: Scores | None) -> TokenEvent:
-    return TokenEvent(
-        index=sequence.index,
-        tokens=tokens,
-        scores=scores,
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-        weights_version=sequence.weights_version,
-        first_weights_version=sequence.first_weights_version,
-    )
-
-
-def _rows(scores: Scores, progress: Progress) -> Scores:
-    """The scores of one sequence's tokens, [len(tokens), ...]."""
-    steps = np.arange(len(progress.tokens))
-    return Scores(*(array[steps, progress.shard, progress.row] for array in scores))

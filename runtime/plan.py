@@ -59,7 +59,7 @@ class StepPlan:
         return max(shard.num_tokens for shard in self.shards)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(slots=True)  # not frozen: a thousand are made in every step, and freezing doubles the cost
 class Progress:
     """What one committed step brought a sequence: rows [first, first + len(tokens)) of the step's outputs."""
 
@@ -67,5 +67,5 @@ class Progress:
     tokens: tuple[int, ...]
     shard: int
     row: int
-    chunk: Chunk | None  # its prompt logprobs stand at these tokens of the step
-    first_token: int  # of the chunk, among the shard's tokens
+    chunk: Chunk | None = None  # its prompt logprobs stand at these tokens of the step
+    first_token: int = 0  # of the chunk, among the shard's tokens

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from .logprobs import no_scores, score
+from .logprobs import TopK, no_scores, score
 from .noise import gumbel, random_bits
 from .slot_state import IN_PROMPT, SlotState, rows_of
 
@@ -63,9 +63,17 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    logits: Float[Array, "B V"], state: SlotState, rows: SamplingRows, positions: Int[Array, " B"], wants: Wants
+    logits: Float[Array, "B V"],
+    state: SlotState,
+    rows: SamplingRows,
+    positions: Int[Array, " B"],
+    wants: Wants,
+    top_k: TopK = lax.top_k,
 ) -> Sampled:
-    """Choose the token of each row; positions are the absolute ones of the tokens that are being chosen."""
+    """Choose the token of each row; positions are the absolute ones of the tokens that are being chosen.
+
+    `top_k` is for their scores, where the vocabulary may be sharded.
+    """
     logits = logits.astype(jnp.float32)
     plain = ~(wants.any_random | wants.any_biased | wants.any_penalized | wants.any_bad_words | wants.any_min_tokens)
     tokens = lax.cond(
@@ -73,7 +81,7 @@ def sample(
         lambda: _highest(logits)[0],
         lambda: _choose(process_logits(logits, state, rows, positions, wants), rows, positions, wants),
     )
-    scores = lax.cond(wants.any_logprobs, lambda: score(logits, tokens), lambda: no_scores(logits.shape[0]))
+    scores = lax.cond(wants.any_logprobs, lambda: score(logits, tokens, top_k), lambda: no_scores(logits.shape[0]))
     return Sampled(tokens, *scores)
 
 

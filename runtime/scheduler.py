@@ -14,7 +14,9 @@ import numpy as np
 from .plan import Chunk, Progress, ShardPlan, StepPlan
 from .request import FinishReason, Request
 from .sequence import Sequence, Status
-from .shard import Shard
+from .shard import Shard, SlotArrays
+
+_FINISHED, _RUNNING = Status.FINISHED, Status.RUNNING  # looked up for every row of a step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +45,10 @@ class Scheduler:
         assert config.num_pages >= config.pages_per_slot, "one sequence of full length must fit"
         assert config.max_step_tokens > config.num_slots, "a step holds every decode and some of a prompt"
         self.config = config
-        self.shards = tuple(
-            Shard(index, config.num_slots, config.num_pages, config.page_size, config.pages_per_slot)
-            for index in range(config.num_shards)
-        )
+        self._slots = SlotArrays(config.num_shards, config.num_slots, config.page_size, config.pages_per_slot)
+        self.shards = tuple(Shard(index, self._slots, config.num_pages) for index in range(config.num_shards))
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; some may have ended since
+        self._stop_ids: set[int] = set()  # of all requests so far
         self._num_requests = 0
         self._newest_started = -1  # the last request of which something was admitted
         self.num_preemptions = 0
@@ -56,6 +57,7 @@ class Scheduler:
 
     def add(self, request: Request) -> tuple[Sequence, ...]:
         """Queue a request's continuations, behind those that came before."""
+        self._stop_ids |= request.stop_ids
         sequences = []
         for index in range(request.params.n):
             sequence = Sequence(
@@ -92,29 +94,33 @@ class Scheduler:
     def plan(self) -> StepPlan | None:
         """The next step, or None if there is nothing that can be computed before a commit."""
         num_preemptions = self.num_preemptions
-        for shard in self.shards:
-            self._reserve_decodes(shard)
+        self._reserve_decodes()
         # A sequence preempted just now may have tokens in flight, so nobody is admitted before the next commit.
         admitted = self._admit() if self.num_preemptions == num_preemptions else ()
-        if any(shard.prefilling for shard in self.shards):
-            num_steps = 1
-        else:
-            num_steps = min(self._affordable_steps(shard) for shard in self.shards)
-        plans = tuple(self._plan_shard(shard, num_steps) for shard in self.shards)
+        num_steps = 1 if any(shard.prefilling for shard in self.shards) else self._affordable_steps()
+        plans = self._plan_shards(num_steps)
         if not any(plan.num_rows for plan in plans):
             return None
         return StepPlan(shards=plans, num_steps=num_steps, admitted=admitted)
 
-    def _reserve_decodes(self, shard: Shard) -> None:
-        """A page for every decode that needs one now; the youngest sequences make room if there are too few."""
-        while True:
-            slots = shard.decoding_slots()
-            missing = shard.missing_pages(slots, 1)
-            if missing.sum() <= shard.pool.num_free:
-                break
-            active = [shard.sequences[slot] for slot in slots]
-            self._preempt(shard, max((s for s in [*active, *shard.prefilling] if s), key=lambda s: s.arrival))
-        _extend(shard, slots, missing)
+    def _reserve_decodes(self) -> None:
+        """A page for every decode that needs one now; a shard's youngest sequences make room if there are too few."""
+        while short := self._short_of_pages(missing := self._slots.missing_pages(1)):
+            for shard in short:
+                active = [shard.sequences[slot] for slot in np.flatnonzero(shard.is_decoding)]
+                self._preempt(shard, max((s for s in [*active, *shard.prefilling] if s), key=lambda s: s.arrival))
+        self._extend(missing)
+
+    def _short_of_pages(self, missing: np.ndarray) -> list[Shard]:
+        """The shards with fewer free pages than their slots miss."""
+        wanted = missing.sum(axis=1).tolist()
+        return [shard for shard, num_pages in zip(self.shards, wanted, strict=True) if num_pages > shard.pool.num_free]
+
+    def _extend(self, missing: np.ndarray) -> None:
+        for r, slot in np.argwhere(missing).tolist():
+            sequence = self.shards[r].sequences[slot]
+            assert sequence is not None
+            self.shards[r].extend(sequence, int(missing[r, slot]))
 
     def _preempt(self, shard: Shard, sequence: Sequence) -> None:
         """Back to waiting; its tokens are computed again when there is room."""
@@ -126,6 +132,8 @@ class Scheduler:
 
     def _admit(self) -> tuple[Sequence, ...]:
         """First come, first served, each to the shard with the most room, as long as a step has tokens for it."""
+        if not self._waiting:
+            return ()
         admitted = []
         room = [self._prefill_room(shard) for shard in self.shards]
         while self._waiting:
@@ -151,37 +159,47 @@ class Scheduler:
 
     def _prefill_room(self, shard: Shard) -> int:
         pending = sum(len(s.tokens) - s.num_computed for s in shard.prefilling)
-        return self.config.max_step_tokens - int(shard.is_decoding.sum()) - pending
+        return self.config.max_step_tokens - int(np.count_nonzero(shard.is_decoding)) - pending
 
-    def _affordable_steps(self, shard: Shard) -> int:
-        """How many decode steps in one dispatch have pages, without preempting anyone; pages are given here."""
-        slots = shard.decoding_slots()
-        num_steps = self.config.max_decode_steps
-        if len(slots):
-            num_steps = min(num_steps, int(shard.remaining[slots].max()))
-        while num_steps > 1 and shard.missing_pages(slots, num_steps).sum() > shard.pool.num_free:
+    def _affordable_steps(self) -> int:
+        """How many decode steps in one dispatch have pages, without preempting anyone; at most what a shard can use."""
+        num_steps, slots = self.config.max_decode_steps, self._slots
+        usable = (slots.remaining * slots.is_decoding).max(axis=1)
+        if usable.any():
+            num_steps = min(num_steps, int(usable[usable > 0].min()))
+        while num_steps > 1 and self._short_of_pages(slots.missing_pages(num_steps)):
             num_steps //= 2
         return num_steps
 
-    def _plan_shard(self, shard: Shard, num_steps: int) -> ShardPlan:
-        slots = shard.decoding_slots()
-        _extend(shard, slots, shard.missing_pages(slots, num_steps))
-        budgets = np.minimum(num_steps, shard.remaining[slots])
-        positions = shard.positions[slots]  # a copy, as are all arrays indexed by an array
-        decoding = tuple(s for slot in slots if (s := shard.sequences[slot]) is not None)
-        shard.positions[slots] += budgets
-        shard.remaining[slots] -= budgets
-        shard.is_decoding[slots] = shard.remaining[slots] > 0
-        chunks = self._plan_chunks(shard, self.config.max_step_tokens - len(slots))
-        rows = np.concatenate([slots, np.array([c.slot for c in chunks], np.int64)])
-        return ShardPlan(
-            decoding=decoding,
-            slots=slots.astype(np.int32),
-            positions=positions,
-            budgets=budgets,
-            chunks=chunks,
-            page_tables=shard.page_tables[rows],
-        )
+    def _plan_shards(self, num_steps: int) -> tuple[ShardPlan, ...]:
+        """Every decoding slot's part, taken from the arrays of all shards at once; then each shard's chunks."""
+        arrays = self._slots
+        self._extend(arrays.missing_pages(num_steps))
+        at = np.nonzero(arrays.is_decoding)
+        ends = np.count_nonzero(arrays.is_decoding, axis=1).cumsum().tolist()
+        slots, numbers = at[1].astype(np.int32), at[1].tolist()
+        positions, tables = arrays.positions[at], arrays.page_tables[at]  # copies, as all arrays indexed by arrays
+        budgets = np.minimum(num_steps, arrays.remaining[at])
+        arrays.positions[at] += budgets
+        arrays.remaining[at] -= budgets
+        arrays.is_decoding[at] = arrays.remaining[at] > 0
+        plans = []
+        for shard, start, end in zip(self.shards, [0, *ends], ends, strict=False):
+            chunks = self._plan_chunks(shard, self.config.max_step_tokens - (end - start)) if shard.prefilling else ()
+            page_tables = tables[start:end]
+            if chunks:
+                page_tables = np.concatenate([page_tables, shard.page_tables[[chunk.slot for chunk in chunks]]])
+            plans.append(
+                ShardPlan(
+                    decoding=tuple(map(shard.sequences.__getitem__, numbers[start:end])),  # type: ignore[arg-type]
+                    slots=slots[start:end],
+                    positions=positions[start:end],
+                    budgets=budgets[start:end],
+                    chunks=chunks,
+                    page_tables=page_tables,
+                )
+            )
+        return tuple(plans)
 
     def _plan_chunks(self, shard: Shard, num_tokens: int) -> tuple[Chunk, ...]:
         chunks = []
@@ -208,41 +226,61 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, tokens: np.ndarray) -> list[Progress]:
         """Take a step's sampled tokens [num_steps, R, B]; sequences that end give back their slot and pages."""
-        progress = []
-        for r, shard_plan in enumerate(plan.shards):
-            columns = tokens[:, r].T.tolist()
-            decodes = zip(shard_plan.decoding, shard_plan.budgets, strict=True)
-            for row, (sequence, budget) in enumerate(decodes):
-                if sequence.status is not Status.FINISHED:
-                    new = self._append(sequence, columns[row][:budget], None)
-                    progress.append(_progress(sequence, new, r, row))
-            first_token = len(shard_plan.decoding)
-            for row, chunk in enumerate(shard_plan.chunks, start=len(shard_plan.decoding)):
-                sequence = chunk.sequence
-                if sequence.status is not Status.FINISHED:
-                    new = self._append(sequence, columns[row][:1] if chunk.samples else [], chunk)
-                    progress.append(_progress(sequence, new, r, row, chunk, first_token))
+        progress: list[Progress] = []
+        columns = tokens.transpose(1, 2, 0).tolist()
+        may_end = ((tokens < 0) | np.isin(tokens, list(self._stop_ids))).any(axis=0).tolist()
+        for r, (shard_plan, rows) in enumerate(zip(plan.shards, columns, strict=True)):
+            budgets = shard_plan.budgets.tolist()
+            self._commit_decodes(shard_plan.decoding, rows, budgets, may_end[r], r, progress)
+            first_token = len(budgets)
+            for row, chunk in enumerate(shard_plan.chunks, start=len(budgets)):
+                if chunk.sequence.status is not _FINISHED:
+                    new = self._append(chunk.sequence, rows[row][:1] if chunk.samples else [], chunk)
+                    progress.append(Progress(chunk.sequence, new, r, row, chunk, first_token))
                 first_token += chunk.num_tokens
         return progress
 
+    def _commit_decodes(
+        self, decoding: tuple[Sequence, ...], rows: list[list[int]], budgets: list[int], may_end: list[bool], r: int,
+        progress: list[Progress],
+    ) -> None:  # fmt: skip
+        """Append a shard's decoded tokens; for nearly every row nothing else happens, so that way is short."""
+        page_size, version = self.config.page_size, self.weights_version
+        for row, sequence in enumerate(decoding):
+            if sequence.status is _FINISHED:
+                continue
+            new = rows[row][: budgets[row]]
+            num_tokens = len(sequence.tokens) + len(new)
+            fills_no_page = num_tokens <= (sequence.num_findable_pages + 1) * page_size
+            if fills_no_page and num_tokens < sequence.max_len and new and not may_end[row]:
+                sequence.tokens += new
+                sequence.weights_version = version
+                progress.append(Progress(sequence, tuple(new), r, row))
+            else:
+                progress.append(Progress(sequence, self._append(sequence, new, None), r, row))
+
     def _append(self, sequence: Sequence, new: list[int], chunk: Chunk | None) -> tuple[int, ...]:
         """Append what counts of a step's tokens, up to the one that ends the sequence."""
-        request = sequence.request
-        ending = next((i for i, token in enumerate(new) if token < 0 or token in request.stop_ids), None)
-        if ending is not None:
-            new = new[: ending + 1]
-        if ending is not None and new[-1] < 0:  # sampling found no usable logits
+        stop_ids = sequence.request.stop_ids
+        ending = None  # the token that ends it
+        for i, token in enumerate(new):
+            if token < 0 or token in stop_ids:
+                new, ending = new[: i + 1], token
+                break
+        if ending is not None and ending < 0:  # sampling found no usable logits
             self.finish(sequence, "abort")
             return tuple(new)
-        sequence.tokens.extend(new)
+        sequence.tokens += new
+        num_tokens = len(sequence.tokens)
         if new:
             sequence.weights_version = self.weights_version
-        if sequence.status is Status.RUNNING:  # else it was preempted since, and has no pages
-            num_written = len(sequence.tokens) - 1 if new else chunk.start + chunk.num_tokens if chunk else 0
-            self.shards[sequence.shard].remember_pages(sequence, num_written)
+        if sequence.status is _RUNNING:  # else it was preempted since, and has no pages
+            num_written = num_tokens - 1 if new else chunk.start + chunk.num_tokens if chunk else 0
+            if (sequence.num_findable_pages + 1) * self._slots.page_size <= num_written:
+                self.shards[sequence.shard].remember_pages(sequence, num_written)
         if ending is not None:
-            self.finish(sequence, "stop", None if new[-1] in request.eos_ids else new[-1])
-        elif len(sequence.tokens) >= sequence.max_len:
+            self.finish(sequence, "stop", None if ending in sequence.request.eos_ids else ending)
+        elif num_tokens >= sequence.max_len:
             self.finish(sequence, "length")
         return tuple(new)
 
@@ -255,16 +293,3 @@ class Scheduler:
     def started(self) -> Iterable[Sequence]:
         """All that have not ended, of requests of which something was admitted: preempted ones and siblings too."""
         return (sequence for sequence in self.sequences() if sequence.arrival[0] <= self._newest_started)
-
-
-def _extend(shard: Shard, slots: np.ndarray, missing: np.ndarray) -> None:
-    for i in np.flatnonzero(missing):
-        sequence = shard.sequences[slots[i]]
-        assert sequence is not None
-        shard.extend(sequence, int(missing[i]))
-
-
-def _progress(
-    sequence: Sequence, tokens: tuple[int, ...], shard: int, row: int, chunk: Chunk | None = None, first_token: int = 0
-) -> Progress:
-    return Progress(sequence=sequence, tokens=tokens, shard=shard, row=row, chunk=chunk, first_token=first_token)

@@ -6,30 +6,38 @@ from .pages import PagePool
 from .sequence import Sequence, Status
 
 
-class Shard:
-    """Per-slot numbers live in arrays, so that a thousand slots cost a step no more than ten."""
+class SlotArrays:
+    """What each slot does next, the slots of all data shards together, so that no step loops over them to find out."""
 
-    def __init__(self, index: int, num_slots: int, num_pages: int, page_size: int, pages_per_slot: int) -> None:
-        self.index = index
+    def __init__(self, num_shards: int, num_slots: int, page_size: int, pages_per_slot: int) -> None:
+        shape = (num_shards, num_slots)
         self.page_size = page_size
+        self.is_decoding = np.zeros(shape, bool)  # feeds its last sampled token next
+        self.positions = np.zeros(shape, np.int32)  # of the next token to feed in
+        self.remaining = np.zeros(shape, np.int32)  # tokens that may still be sampled; some, where it decodes
+        self.num_pages = np.zeros(shape, np.int32)
+        self.page_tables = np.zeros((*shape, pages_per_slot), np.int32)
+
+    def missing_pages(self, num_steps: int) -> np.ndarray:
+        """[R, S] pages that each decoding slot lacks for its next `num_steps` tokens."""
+        last = self.positions + np.minimum(num_steps, self.remaining) - 1
+        return np.asarray(np.maximum(last // self.page_size + 1 - self.num_pages, 0) * self.is_decoding)
+
+
+class Shard:
+    """One data shard; its per-slot numbers are rows of the arrays of all."""
+
+    def __init__(self, index: int, slots: SlotArrays, num_pages: int) -> None:
+        num_slots = slots.is_decoding.shape[1]
+        self.index = index
+        self.page_size = slots.page_size
         self.pool = PagePool(num_pages)
         self.free_slots = list(range(num_slots))[::-1]
         self.sequences: list[Sequence | None] = [None] * num_slots
         self.prefilling: list[Sequence] = []  # in order of admission
-        self.is_decoding = np.zeros(num_slots, bool)
-        self.positions = np.zeros(num_slots, np.int32)  # of the next token to feed in
-        self.remaining = np.zeros(num_slots, np.int32)  # tokens that may still be sampled
-        self.num_pages = np.zeros(num_slots, np.int32)
-        self.page_tables = np.zeros((num_slots, pages_per_slot), np.int32)
-
-    def decoding_slots(self) -> np.ndarray:
-        """Slots that feed their last sampled token next, ascending."""
-        return np.flatnonzero(self.is_decoding)
-
-    def missing_pages(self, slots: np.ndarray, num_steps: int) -> np.ndarray:
-        """Pages that each slot lacks for its next `num_steps` tokens."""
-        last = self.positions[slots] + np.minimum(num_steps, self.remaining[slots]) - 1
-        return np.asarray(np.maximum(last // self.page_size + 1 - self.num_pages[slots], 0))
+        self.is_decoding, self.positions = slots.is_decoding[index], slots.positions[index]
+        self.remaining, self.num_pages = slots.remaining[index], slots.num_pages[index]
+        self.page_tables = slots.page_tables[index]
 
     def extend(self, sequence: Sequence, num_pages: int) -> None:
         """Give a running sequence more pages, which must be free."""

@@ -22,8 +22,9 @@ from .config import (
     RuntimeConfig,
 )
 from .slot_state import empty_slots
+from .temporaries import step_temporaries
 
-_GPU_HEADROOM = 0.9  # of the memory that the device reports; the rest is for temporaries
+_GPU_RESERVE = 0.02  # of the memory that the device reports: fragments, code of programs, buffers of collectives
 _CPU_SHARE = 0.25  # of the memory that is available: other programs live on the machine too
 
 
@@ -106,7 +107,11 @@ def size_cache(
     itemsize = 4 if config.kv_cache_dtype == "float32" else 2
     page_bytes = 2 * model.num_layers * heads * config.page_size * model.head_dim * itemsize
     pages_per_slot = -(-config.max_context_len // config.page_size)
-    taken = {"the weights": weight_bytes, f"num_slots={config.num_slots}": _slot_bytes(config.num_slots, model)}
+    taken = {
+        "the weights": weight_bytes,
+        f"num_slots={config.num_slots}": slot_bytes(config.num_slots, model, placement),
+        f"max_step_tokens={config.max_step_tokens} (temporaries)": step_temporaries(config, model, placement),
+    }
     room = _room(placement, memory_bytes, taken, config.kv_cache_bytes)
     wanted = pages_per_slot * config.num_slots * page_bytes
     num_pages = (config.kv_cache_bytes or min(wanted, room)) // page_bytes
@@ -121,10 +126,11 @@ def size_cache(
     return CacheSize(num_pages=num_pages, page_bytes=page_bytes)
 
 
-def _slot_bytes(num_slots: int, model: ModelConfig) -> int:
-    """What sampling remembers of the slots, as if no device shared it."""
+def slot_bytes(num_slots: int, model: ModelConfig, placement: Placement) -> int:
+    """What sampling remembers of a data shard's slots, on each of its devices."""
     state = jax.eval_shape(functools.partial(empty_slots, num_slots, model.vocab_size))
-    return sum(array.size * array.dtype.itemsize for array in state)
+    parts = {"counts": placement.num_parts("vocab"), "bias": placement.num_parts("vocab")}
+    return sum(a.size * a.dtype.itemsize // parts.get(name, 1) for name, a in state._asdict().items())
 
 
 def _room(placement: Placement, total: int | None, taken: Mapping[str, int], wanted: int | None) -> int:
@@ -139,16 +145,33 @@ def _room(placement: Placement, total: int | None, taken: Mapping[str, int], wan
         raise ConfigError("the devices do not report their memory; give kv_cache_bytes.")
     if wanted is not None:
         taken = {**taken, "kv_cache_bytes": wanted}
-    free = total - sum(taken.values())
-    if free <= 0:
+    usable = usable_bytes(placement, total)
+    free = usable - sum(taken.values())
+    if free < 0:
         parts = ", ".join(f"{name} {size:,}" for name, size in taken.items())
         raise OutOfMemoryError(
-            f"each device has {total:,} bytes, which do not hold {parts}. Choose a larger tensor axis or a smaller "
-            "dtype, or lower num_slots or kv_cache_bytes."
+            f"each device has {total:,} bytes, {usable:,} of them for use, which do not hold {parts}: "
+            f"{-free:,} too many. {_remedy(taken, usable)}"
         )
-    if placement.on_host:
-        return min(int(_CPU_SHARE * total), free)
-    return max(free - int((1 - _GPU_HEADROOM) * total), 0)
+    return min(int(_CPU_SHARE * total), free) if placement.on_host else free
+
+
+def usable_bytes(placement: Placement, memory_bytes: int) -> int:
+    """What a plan may fill of a device's memory."""
+    return memory_bytes if placement.on_host else memory_bytes - int(_GPU_RESERVE * memory_bytes)
+
+
+def _remedy(taken: Mapping[str, int], usable: int) -> str:
+    """What to change, the one that alone takes too much first."""
+    weight_bytes = taken["the weights"]
+    if weight_bytes >= usable:
+        times = weight_bytes // max(usable, 1) + 1
+        return (
+            f"The weights alone do not fit: choose a tensor axis (or, for experts, an expert axis) {times} times as "
+            "large, a smaller dtype, or weights=stream."
+        )
+    cache = "kv_cache_bytes, " if "kv_cache_bytes" in taken else ""
+    return f"Lower {cache}num_slots or max_step_tokens, or choose a larger tensor axis or a smaller dtype."
 
 
 def device_memory(mesh: Mesh) -> int | None:

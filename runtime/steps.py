@@ -5,6 +5,7 @@ written once.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,11 @@ from ..models.decoder import AbstractDecoder, Decoder, Params, run_period
 from ..models.kv_cache import PagedAttend
 from ..models.step import Step, rope_tables
 from ..pallas_kernels.dispatch import KernelChoices
-from ..sharding.rules import Placement
+from ..sharding.rules import RULES, Placement
 from ..sharding.specs import ParamSpec
 from . import slot_state
 from .batching import FROM_SLOT, Layout, StepInputs, unpack
-from .logprobs import Scores, no_scores, prompt_logprobs
+from .logprobs import Scores, no_scores, prompt_logprobs, sharded_top_k
 from .sampling import Sampled, SamplingRows, Wants, sample
 from .slot_state import SlotState
 
@@ -185,8 +186,9 @@ def _finish_mixed(
     last = jnp.maximum(inputs.batch.cu_query_lens[:, 1:] - 1, 0)
     rows = step.placement.constrain(jax.vmap(slot_state.rows_of)(x, last), "shard", "slots", "embed")
     slots, sampled = _finish_decode(decoder, rows, step, slots, inputs, inputs.batch.kv_lens, inputs.budgets > 0)
-    scored = jax.vmap(prompt_logprobs, in_axes=(0, None, 0, None))
-    prompt = scored(x, lambda block: decoder.logits(block, step), inputs.targets, inputs.any_prompt_logprobs)
+    logits_of = lambda block: decoder.logits(block, step)  # noqa: E731
+    scored = jax.vmap(prompt_logprobs, in_axes=(0, None, 0, None, None), spmd_axis_name=RULES["shard"])
+    prompt = scored(x, logits_of, inputs.targets, inputs.any_prompt_logprobs, sharded_top_k(step.placement))
     return slots, StepOutputs(jax.tree.map(lambda a: a[None], sampled), prompt)
 
 
@@ -195,15 +197,17 @@ def _finish_decode(
 ) -> tuple[SlotState, Sampled]:
     """Sample the token at `positions` [R, B] of each row [R, B, D]."""
     logits = step.placement.constrain(decoder.logits(rows, step), "shard", "slots", "vocab")
-    slots, sampled = _sample_and_record(logits, slots, inputs.sampling, positions, active, inputs.wants)
+    slots, sampled = _sample_and_record(step.placement, logits, slots, inputs.sampling, positions, active, inputs.wants)
     return slots, sampled
 
 
-@jax.jit  # programs with as many rows share its trace
+@functools.partial(jax.jit, static_argnums=0)  # programs with as many rows share its trace
 def _sample_and_record(
-    logits: Array, slots: SlotState, rows: SamplingRows, positions: Array, active: Array, wants: Wants
-) -> tuple[SlotState, Sampled]:
+    placement: Placement, logits: Array, slots: SlotState, rows: SamplingRows, positions: Array, active: Array,
+    wants: Wants,
+) -> tuple[SlotState, Sampled]:  # fmt: skip
     """Sample each row's token at `positions` [R, B] and remember those of the active rows."""
-    sampled = jax.vmap(sample, in_axes=(0, 0, 0, 0, None))(logits, slots, rows, positions, wants)
+    sample_shard = functools.partial(sample, wants=wants, top_k=sharded_top_k(placement))
+    sampled = jax.vmap(sample_shard, spmd_axis_name=RULES["shard"])(logits, slots, rows, positions)
     recorded: SlotState = jax.vmap(slot_state.record)(slots, rows.slots, sampled.tokens, active)
     return recorded, sampled

@@ -54,8 +54,8 @@ _IN_FLIGHT_BYTES = 32 << 20  # of one array, on their way to the disk
 
 def chunk_shape(spec: ParamSpec, min_bytes: int = MIN_CHUNK_BYTES) -> tuple[int, ...]:
     """One layer, and of each axis that a mesh may shard a piece: whole experts, or up to a sixteenth of the rest."""
-    chunk = [1 if axis == "layers" else size for axis, size in zip(spec.axes, spec.shape, strict=True)]
-    for i, (axis, size) in enumerate(zip(spec.axes, spec.shape, strict=True)):
+    chunk = [1 if axis == "layers" else size for axis, size in zip(spec.axes, spec.stored_shape, strict=True)]
+    for i, (axis, size) in enumerate(zip(spec.axes, spec.stored_shape, strict=True)):
         if axis not in RULES:
             continue
         num_bytes = math.prod(chunk) * spec.dtype.itemsize
@@ -154,7 +154,7 @@ class StoreWriter:
         self._journal = journal
         self._writers: dict[str, _ArrayWriter] = {}
         self._entries = {
-            path: ArrayEntry(spec.shape, spec.dtype, chunk_shape(spec, min_chunk_bytes), "")
+            path: ArrayEntry(spec.stored_shape, spec.dtype, chunk_shape(spec, min_chunk_bytes), "")
             for path, spec in specs.items()
         }
 
@@ -184,15 +184,20 @@ class StoreWriter:
     def write_shards(self, path: str, array: jax.Array) -> None:
         """Write what this process' devices hold of an array, each shard once; `seal` finishes the array.
 
+        Places beyond the number of experts hold experts once more: they are left out.
+
         Raises:
           CheckpointError: values are not finite, or cannot be stored; names the array.
         """
         writer = _ArrayWriter(self._root, path, self._entries[path])
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
-                values = np.asarray(shard.data)
-                check_finite(np.asarray(values, order="C"), f"{self._root.url}: {path}")
-                writer.write_region(tuple(part.indices(1 << 62)[0] for part in shard.index), values)
+                start = tuple(part.indices(1 << 62)[0] for part in shard.index)
+                room = (max(0, size - first) for first, size in zip(start, self._entries[path].shape, strict=True))
+                values = np.asarray(shard.data)[tuple(map(slice, room))]
+                if values.size:
+                    check_finite(np.asarray(values, order="C"), f"{self._root.url}: {path}")
+                    writer.write_region(start, values)
 
     def seal(self, path: str) -> None:
         """Finish an array of which all shards are written: its SHA-256 comes from what is stored."""

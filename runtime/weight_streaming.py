@@ -108,12 +108,13 @@ class LayerShape:
         errors: list[CheckpointError] = []
         for shard in self._shards:
             path, view = f"{layer.path}/{shard.leaf}", self._view(room, shard)
-            region = (slice(layer.index, layer.index + 1), *shard.region)
             try:
-                if store.arrays[path].dtype == view.dtype:
-                    pending.append(store.start_read(path, region, view[None]))
-                else:  # one after the other, so that little lies beside the rooms
-                    view[...] = convert(store.read(path, region)[0], view.dtype, path)
+                for stored, within in self.specs[shard.leaf].stored_regions(shard.region):
+                    region = (slice(layer.index, layer.index + 1), *stored)
+                    if store.arrays[path].dtype == view.dtype:
+                        pending.append(store.start_read(path, region, view[within][None]))
+                    else:  # one after the other, so that little lies beside the rooms
+                        view[within] = convert(store.read(path, region)[0], view.dtype, path)
             except CheckpointError as error:
                 errors.append(error)
         for read in pending:  # all of them, whatever fails: nothing may write to the room any more

@@ -120,9 +120,9 @@ def _place_whole(leaf: Leaf, placement: Placement) -> jax.Array:
     spec = leaf.spec
     if leaf.is_one_part:
         return _place(leaf.path, leaf.parts[0], spec, placement)
-    whole = np.empty(spec.shape, spec.dtype)
+    whole = np.empty(spec.stored_shape, spec.dtype)
     for part in leaf.parts:
-        shape = spec.shape[len(part.index) :]
+        shape = whole.shape[len(part.index) :]
         whole[part.index] = convert(part.read([_full(shape)])[0], spec.dtype, leaf.path)
     return _place(leaf.path, Part((), lambda regions: [whole[region] for region in regions]), spec, placement)
 
@@ -134,11 +134,12 @@ def _place_by_parts(leaf: Leaf, placement: Placement, on_bytes: Callable[[int], 
     # jax knows equal functions with equal shardings: one program per shape, not per leaf or part.
     write = jax.jit(_write, donate_argnums=0, out_shardings=sharding)
     for part in leaf.parts:
-        rank = len(part.index)
-        part_spec = ParamSpec(spec.shape[rank:], spec.dtype, spec.axes[rank:])
-        array = write(array, _place(leaf.path, part, part_spec, placement), np.asarray(part.index, np.int32))
-        array.block_until_ready()  # else the parts waiting to be written would fill the host
-        on_bytes(part_spec.num_bytes)
+        part_spec = spec.below(len(part.index))
+        placed = _place(leaf.path, part, part_spec, placement)
+        for index in spec.indices(part.index):
+            array = write(array, placed, np.asarray(index, np.int32))
+            array.block_until_ready()  # else the parts waiting to be written would fill the host
+            on_bytes(part_spec.num_bytes)
     return array
 
 
@@ -152,8 +153,12 @@ def _place(path: str, part: Part, spec: ParamSpec, placement: Placement) -> jax.
     """A part as an array of its own, of which each device gets its shard; only this process' shards are read."""
     sharding = placement.sharding(spec.axes)
     regions = list(shard_regions(sharding, spec.shape))
-    exact = [tuple(slice(*bounds) for bounds in region) for region in regions]
-    shards = {key: convert(values, spec.dtype, path) for key, values in zip(regions, part.read(exact), strict=True)}
+    wanted = [list(spec.stored_regions(tuple(slice(*bounds) for bounds in region))) for region in regions]
+    read = iter(part.read([stored for pieces in wanted for stored, _ in pieces]))
+    shards = {}
+    for region, pieces in zip(regions, wanted, strict=True):
+        values = [convert(next(read), spec.dtype, path) for _ in pieces]
+        shards[region] = values[0] if len(values) == 1 else np.concatenate(values, spec.axes.index("experts"))
     return jax.make_array_from_callback(spec.shape, sharding, lambda region: shards[_key(region, spec.shape)])
 
 
@@ -216,7 +221,7 @@ def _check_piece(
     checkpoint: Checkpoint, piece: Piece, path: str, spec: ParamSpec, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
     """The tensors of a piece must give the shape that the model's config gives the parameter, in a usable dtype."""
-    expected, found = spec.shape[len(piece.index) :], piece.shape(shapes)
+    expected, found = spec.stored_shape[len(piece.index) :], piece.shape(shapes)
     names = " and ".join(piece.names)
     if found != expected:
         came = " and ".join(str(list(shapes[name])) for name in piece.names)
@@ -255,10 +260,10 @@ def check_store(store: Store, specs: Mapping[str, ParamSpec]) -> None:
     _check_paths(store.arrays, specs, f"{store.url}: the store")
     for path, spec in specs.items():
         entry = store.arrays[path]
-        if entry.shape != spec.shape:
+        if entry.shape != spec.stored_shape:
             raise CheckpointError(
-                f"{store.url}: config.json asks for {list(spec.shape)} in {path}; the store has {list(entry.shape)}. "
-                "Weights and config.json are of different models: convert the model again."
+                f"{store.url}: config.json asks for {list(spec.stored_shape)} in {path}; the store has "
+                f"{list(entry.shape)}. Weights and config.json are of different models: convert the model again."
             )
         if entry.dtype != spec.dtype and not (_is_float(entry.dtype) and _is_float(spec.dtype)):
             raise CheckpointError(f"{store.url}: expected {path} as {spec.dtype}; the store has {entry.dtype}.")

@@ -2,7 +2,8 @@
 
 from typing import Literal, get_args
 
-MeshAxis = Literal["data", "tensor", "expert"]
+# Slowest first: the devices of a tensor group lie next to each other, where links are fastest.
+MeshAxis = Literal["data", "expert", "tensor"]
 MESH_AXES: tuple[MeshAxis, ...] = get_args(MeshAxis)
 
 LogicalAxis = Literal[
@@ -15,7 +16,7 @@ LogicalAxis = Literal[
     "cache_heads",  # K as the cache holds it: at least one per tensor shard
     "head_dim",  # H
     "mlp",  # F
-    "experts",  # E
+    "experts",  # E, or the places for them
     "slots",  # B or S
     "tokens",  # T
     "pages",  # P

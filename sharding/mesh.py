@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from ..errors import ConfigError
-from .axes import MESH_AXES
+from .axes import MESH_AXES, MeshAxis
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -28,10 +28,19 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Devi
             raise ConfigError(f"mesh axis {name} needs a whole number of devices, at least 1; got {size!r}.")
     shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
     if math.prod(shape) > len(devices):
-        wanted = " x ".join(f"{name} {size}" for name, size in zip(MESH_AXES, shape, strict=True))
         raise ConfigError(
-            f"mesh {wanted} needs {math.prod(shape)} devices; {len(devices)} {devices[0].platform} devices are here. "
-            "Choose a smaller mesh."
+            f"mesh {mesh_text(dict(zip(MESH_AXES, shape, strict=True)))} needs {math.prod(shape)} devices; "
+            f"{len(devices)} {devices[0].platform} devices are here. Choose a smaller mesh."
         )
     grid = np.array(devices[: math.prod(shape)]).reshape(shape)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_sizes(mesh: Mesh) -> dict[MeshAxis, int]:
+    """The size of every axis."""
+    return {axis: int(mesh.shape[axis]) for axis in MESH_AXES}
+
+
+def mesh_text(sizes: Mapping[MeshAxis, int]) -> str:
+    """As the launcher reads it: data=18,tensor=4; axes of size 1 are left out."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"

@@ -12,15 +12,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from .axes import Axes, LogicalAxis, MeshAxis
 from .specs import ParamSpec
 
-# Axes without a row are not sharded.
-RULES: Mapping[LogicalAxis, MeshAxis] = {
-    "shard": "data",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "cache_heads": "tensor",
-    "mlp": "tensor",
-    "experts": "expert",
+# Axes without a row are not sharded. The devices of an expert group are data shards too: only experts are split there.
+RULES: Mapping[LogicalAxis, tuple[MeshAxis, ...]] = {
+    "shard": ("data", "expert"),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "cache_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
 }
 
 
@@ -41,10 +41,14 @@ class Placement:
         """Number of devices along a mesh axis."""
         return int(self.mesh.shape[axis])
 
+    def num_parts(self, axis: LogicalAxis) -> int:
+        """Parts into which the rules split a logical axis."""
+        return 1 if axis in self.replicated else math.prod(map(self.size, RULES.get(axis, ())))
+
     @property
     def num_shards(self) -> int:
         """R: data shards, each with its own slots and pages."""
-        return self.size("data")
+        return self.num_parts("shard")
 
     @property
     def on_host(self) -> bool:

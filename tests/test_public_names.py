@@ -10,6 +10,7 @@ NAMES = {
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "GroupError",
     "InvalidRequestError",
     "KernelError",
     "Logprob",

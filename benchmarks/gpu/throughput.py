@@ -25,7 +25,8 @@ from millrace.models.partition import partition
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.runtime.buckets import make_buckets
 from millrace.runtime.executor import Executor
-from millrace.runtime.programs import abstract_params, compile_programs
+from millrace.runtime.program_specs import abstract_params
+from millrace.runtime.programs import compile_programs
 from millrace.runtime.request import RequestLimits, validate
 from millrace.runtime.scheduler import Scheduler, SchedulerConfig
 from millrace.runtime.steps import StepModel

@@ -54,6 +54,7 @@ COMMANDS = {
         Command("export", "write a store as a Hugging Face checkpoint"),
         Command("verify-store", "check every byte of a store"),
         Command("cache", "list, verify and remove the stores of checkpoints that were opened"),
+        Command("group", "start all processes of a group on this machine, and again when one of them dies"),
         Command("doctor", "say what this machine has, what is wrong, and how to mend it"),
         Command("demo", "stream a few completions of the embedded model"),
     )

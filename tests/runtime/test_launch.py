@@ -61,7 +61,7 @@ def test_a_wrong_command_line_is_one_line_and_exits_with_2(capsys, argv, message
         ("--set=num_slots=four", "expected an integer"),
         ("--num_slots=four", "expected an integer"),
         ("--set=num_slots=0", "num_slots"),
-        ("--config=embeded_cpu", "did you mean embedded_cpu?"),
+        ("--config=embeded", "did you mean embedded?"),
         ("--dtype=int3", "dtype"),
     ],
 )

@@ -10,7 +10,16 @@ from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfi
 from millrace.models.kv_cache import cache_spec
 from millrace.models.partition import partition
 from millrace.runtime import host_memory
-from millrace.runtime.sizes import CacheSize, check_host_memory, device_memory, resolve, size_cache, weights_budget
+from millrace.runtime.sizes import (
+    CacheSize,
+    check_host_memory,
+    device_memory,
+    resolve,
+    size_cache,
+    slot_bytes,
+    weights_budget,
+)
+from millrace.runtime.temporaries import step_temporaries
 from millrace.sharding.mesh import make_mesh
 from millrace.sharding.rules import Placement
 
@@ -22,9 +31,12 @@ MODEL = ModelConfig(
     layers=(LayerSpec(attention=ATTENTION, mlp=MlpSpec(mlp_dim=256)),) * 3,
     max_context_len=1000,
 )
-CONFIG = RuntimeConfig(max_context_len=100, num_slots=4, page_size=16, kv_cache_dtype="float32")
+CONFIG = RuntimeConfig(
+    max_context_len=100, num_slots=4, max_step_tokens=8, page_size=16, dtype="float32", kv_cache_dtype="float32"
+)
 PAGE_BYTES = 2 * 3 * 2 * 16 * 16 * 4  # key and value, layers, KV heads, page size, head dim, float32
 PAGES_PER_SLOT = 7
+MORE_SLOTS = CONFIG.replace(num_slots=16, max_step_tokens=32)
 MUCH = 2**40
 
 
@@ -79,19 +91,34 @@ def test_two_bytes_a_number_halve_a_page(memory: Memory, dtype: str) -> None:
 
 
 def test_a_small_host_gets_fewer_pages_and_leaves_memory_to_others(memory: Memory) -> None:
-    memory.has(20 * PAGE_BYTES * 4)
-    made = size()
-    assert PAGES_PER_SLOT <= made.num_pages <= 20
+    memory.has(100 * PAGE_BYTES * 4)
+    made = size(MORE_SLOTS)
+    assert PAGES_PER_SLOT <= made.num_pages <= 100 < 16 * PAGES_PER_SLOT
 
 
 def test_the_devices_of_one_host_share_its_memory(memory: Memory) -> None:
-    memory.has(4 * 4 * 20 * PAGE_BYTES)
-    assert size(data=4).num_pages <= 20
+    memory.has(4 * 4 * 100 * PAGE_BYTES)
+    assert size(MORE_SLOTS, data=4).num_pages <= 100
 
 
 def test_weights_that_fill_the_memory_leave_less_to_the_cache(memory: Memory) -> None:
     memory.has(MUCH)
-    assert size(weight_bytes=MUCH - 2**18).num_pages < 4 * PAGES_PER_SLOT
+    others = step_temporaries(CONFIG, MODEL, placement()) + slot_bytes(4, MODEL, placement())
+    assert size(weight_bytes=MUCH - others - 20 * PAGE_BYTES).num_pages == 20
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_to_lower(memory: Memory) -> None:
+    memory.has(MUCH)
+    others = step_temporaries(CONFIG, MODEL, placement()) + slot_bytes(4, MODEL, placement())
+    asked = CONFIG.replace(kv_cache_bytes=20 * PAGE_BYTES)
+    with pytest.raises(OutOfMemoryError, match=r": 1,234 too many. Lower kv_cache_bytes, num_slots or max_step_tokens"):
+        size(asked, weight_bytes=MUCH - others - 20 * PAGE_BYTES + 1234)
+
+
+def test_weights_beyond_the_device_ask_for_a_wider_mesh(memory: Memory) -> None:
+    memory.has(2**29)
+    with pytest.raises(OutOfMemoryError, match=r"weights alone do not fit: choose a tensor axis .* 3 times as large"):
+        size(weight_bytes=5 * 2**28)
 
 
 def test_a_context_without_room_says_which_would_have(memory: Memory) -> None:
@@ -111,7 +138,7 @@ def test_a_cache_without_one_page_suggests_no_context_of_nothing(memory: Memory)
     ("config", "weight_bytes", "named"),
     [
         (CONFIG.replace(kv_cache_bytes=2**50), 0, "kv_cache_bytes"),
-        (CONFIG.replace(num_slots=2**16), 0, "num_slots=65536"),
+        (CONFIG.replace(num_slots=2**16 - 1, max_step_tokens=2**16), 0, "num_slots=65535"),
         (CONFIG, 2**33, "the weights"),
     ],
 )

@@ -1,0 +1,23 @@
+"""Llama 2 70B on the 72 GB300 of one NVL72 rack, 18 hosts of 4: a replica on each, as the record was set."""
+
+from ..runtime.config import RuntimeConfig
+
+
+def get_config() -> RuntimeConfig:
+    """Weights are 138 GB in bfloat16, of the 297 GB of a GB300; a token of KV cache is 320 KiB: 88 GiB are
+    288,358. XLA plans with 80 % of a device's memory, so more would cost it its schedule.
+
+    Other meshes for the same rack, shorter steps for fewer sequences at once: --mesh=data=36,tensor=2,
+    --mesh=data=18,tensor=4 (a host is a replica), --mesh=data=9,tensor=8 (as many devices as KV heads).
+    """
+    return RuntimeConfig(
+        model="meta-llama/Llama-2-70b-hf",
+        dtype="bfloat16",
+        max_context_len=2048,
+        num_slots=512,
+        page_size=32,
+        max_step_tokens=2048,
+        kv_cache_bytes=88 * 2**30,
+        mesh=(("data", 72),),
+        target="gb300:1x18x4",
+    )

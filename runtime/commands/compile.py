@@ -1,0 +1,91 @@
+"""`millrace compile --config=NAME --target=gb300:1x18x4 --out=DIR`: compile a deployment's programs into an artifact.
+
+The target's hardware need not be here: for GPUs jax's CUDA compiler must be installed (the cuda extra), no driver and
+no GPU. Without --target it is this machine. `--artifact=DIR` then starts a runtime without compiling anything.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import ConfigError
+from ..config import RuntimeConfig
+from ..flags import RUNTIME, Group, Option
+
+if TYPE_CHECKING:
+    from ..artifacts import Manifest
+    from . import OpenRuntime
+
+GROUPS = (
+    Group("Compilation", (Option("out", "text", "folder for the artifact: new, empty, or an artifact to replace"),)),
+    RUNTIME,
+)
+POSITIONALS = ("out",)
+_GIB = 2**30
+
+
+def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
+    """The exit code, 0."""
+    if not values["out"]:
+        raise ConfigError("expected a folder for the artifact, as in: millrace compile --config=embedded --out=DIR")
+    from ..overrides import resolve
+
+    started = time.perf_counter()
+    manifest = compile_artifact(resolve(values), Path(values["out"]).expanduser())
+    print(_table(manifest))
+    print(f"\n{values['out']}: {manifest.num_bytes / 1e6:.1f} MB for {manifest.target}, "
+          f"compiled in {time.perf_counter() - started:.0f} s")  # fmt: skip
+    return 0
+
+
+def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
+    """Compile for the config's target, or for this machine where it names none.
+
+    Raises:
+      ConfigError, KernelError, OutOfMemoryError: what is wrong and what mends it.
+    """
+    import jax
+
+    from ...sharding.mesh import make_mesh
+    from ...sharding.targets import parse_target
+    from ..artifacts import write_artifact
+    from ..deployment import deploy
+    from ..model_source import open_model_config
+    from ..sizes import device_memory
+
+    machine = None if config.target is None else parse_target(config.target)
+    if machine is not None:
+        _stay_on_cpus(machine.num_devices if machine.target.platform == "cpu" else 1)
+    mesh = make_mesh(dict(config.mesh or ()), machine.compile_devices() if machine else None)
+    model = open_model_config(config.model, config.revision)
+    deployment = deploy(config, model, mesh, machine.target.memory_bytes if machine else device_memory(mesh))
+    return write_artifact(
+        folder,
+        deployment,
+        str(machine) if machine else f"{mesh.size} x {jax.devices()[0].device_kind}",
+        show_progress=config.progress,
+        compiler_options=machine.target.compiler_options if machine else None,
+    )
+
+
+def _stay_on_cpus(num_devices: int) -> None:
+    """Keep jax away from GPUs that happen to be here, and let it have at least so many CPU devices."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        jax.config.update("jax_num_cpu_devices", max(num_devices, jax.config.jax_num_cpu_devices))
+    except RuntimeError:  # jax runs already, with the devices that it has
+        return
+
+
+def _table(manifest: "Manifest") -> str:
+    """Memory of each program on each device, as the compiler counts it, and how long it took."""
+    width = max(len(name) for name in manifest.programs)
+    lines = [f"{'GiB of each device':<{width}}  arguments   in place  temporaries  file, KB  seconds"]
+    for name, entry in manifest.programs.items():
+        sizes = (entry.arguments / _GIB, entry.in_place / _GIB, entry.temporaries / _GIB, entry.num_bytes / 1e3)
+        lines.append("{:<{w}}  {:9.3f}  {:9.3f}  {:11.3f}  {:8.0f}  {:7.1f}".format(
+            name, *sizes, entry.compile_s, w=width))  # fmt: skip
+    return "\n".join(lines)
