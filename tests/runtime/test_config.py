@@ -13,9 +13,19 @@ from millrace import ConfigError, RuntimeConfig
 HUGE = pytest.param(10**5000, id="huge")  # more digits than Python agrees to print
 INTEGERS = (
     "max_context_len", "num_slots", "page_size", "max_step_tokens", "kv_cache_bytes", "max_decode_steps", "seed",
-    "weights_memory",
+    "weights_memory", "num_processes", "process_id",
 )  # fmt: skip
-TEXTS = ("model", "revision", "compile_cache_dir", "store_cache_dir", "weights", "weights_io")
+TEXTS = (
+    "target",
+    "artifact",
+    "coordinator_address",
+    "model",
+    "revision",
+    "compile_cache_dir",
+    "store_cache_dir",
+    "weights",
+    "weights_io",
+)
 DTYPES = ("dtype", "kv_cache_dtype")
 FLAGS = ("prefix_caching", "progress", "store")
 PAIRS = ("mesh", "kernels")
