@@ -44,7 +44,7 @@ def test_integers_refuse_what_is_no_whole_number_in_range(name: str, value: obje
         RuntimeConfig(**{name: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted(set(INTEGERS) - {"seed"}))
+@pytest.mark.parametrize("name", sorted(set(INTEGERS) - {"seed", "process_id"}))
 def test_integers_refuse_zero_where_it_would_mean_nothing(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         RuntimeConfig(**{name: 0})  # type: ignore[arg-type]
