@@ -18,10 +18,10 @@ from report import report
 LIMITS_S = {"cold": 20.0, "warm": 4.0}
 
 
-def first_byte_s(model: str, cache_dir: str) -> float:
-    """Seconds until a new process writes its first byte of text."""
-    command = [sys.executable, "-m", "millrace.runtime.launch", "generate", f"--model={model}", "--max_tokens=32"]
-    command += ["--prompt=def fibonacci(n):", "--temperature=0", f"--compile_cache_dir={cache_dir}"]
+def first_byte_s(*flags: str) -> float:
+    """Seconds until a new process, `millrace generate` with these flags, writes its first byte of text."""
+    command = [sys.executable, "-m", "millrace.runtime.launch", "generate", "--max_tokens=32", *flags]
+    command += ["--prompt=def fibonacci(n):", "--temperature=0"]
     started_s = time.perf_counter()
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
@@ -39,8 +39,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache_dir:
-        times = {"cold": [first_byte_s(options.model, cache_dir)]}
-        times["warm"] = [first_byte_s(options.model, cache_dir) for _ in range(options.repeats)]
+        flags = (f"--model={options.model}", f"--compile_cache_dir={cache_dir}")
+        times = {"cold": [first_byte_s(*flags)]}
+        times["warm"] = [first_byte_s(*flags) for _ in range(options.repeats)]
     rows = [
         {"cache": cache, "runs": len(runs), "median_s": statistics.median(runs), "worst_s": max(runs)}
         for cache, runs in times.items()

@@ -154,6 +154,11 @@ class Runtime:
         return self._loop.group.num_processes
 
     @property
+    def process_id(self) -> int:
+        """This process' number in its group."""
+        return self._loop.group.process_id
+
+    @property
     def takes_requests(self) -> bool:
         """Whether requests are made here: always, but in a group of processes only in process 0."""
         return self._loop.group.leads

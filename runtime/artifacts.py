@@ -25,7 +25,7 @@ from ..models.config import ModelConfig
 from ..sharding.mesh import mesh_sizes
 from .config import RuntimeConfig
 from .deployment import Deployment
-from .executables import LoadedProgram, compiler_flags, processor, serialize
+from .executables import LoadedProgram, compiled_anew, compiler_flags, processor, serialize
 from .json_files import read_object
 from .program_specs import program_specs
 from .programs import CompilerOptions, Programs, compile_each, join_programs
@@ -88,11 +88,12 @@ def write_artifact(
         _make_room(folder)
         entries, started = {}, time.perf_counter()
         specs = program_specs(deployment.model, deployment.buckets, streams=deployment.sizes is not None)
-        for spec, compiled in compile_each(specs, show_progress=show_progress, compiler_options=compiler_options):
-            content = serialize(compiled)
-            (folder / f"{spec.name}{SUFFIX}").write_bytes(content)
-            entries[spec.name] = _entry(compiled, content, time.perf_counter() - started)
-            started = time.perf_counter()
+        with compiled_anew():
+            for spec, compiled in compile_each(specs, show_progress=show_progress, compiler_options=compiler_options):
+                content = serialize(compiled)
+                (folder / f"{spec.name}{SUFFIX}").write_bytes(content)
+                entries[spec.name] = _entry(compiled, content, time.perf_counter() - started)
+                started = time.perf_counter()
         manifest = Manifest(
             target=target,
             kernels=deployment.model.kernels.made,

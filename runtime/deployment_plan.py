@@ -148,7 +148,8 @@ def compiled_temporaries(deployment: Deployment, model: ModelConfig, machine: Ta
     except KernelError:
         return None
     buckets = tuple(max(b for b in compiled.buckets if b.is_decode is kind) for kind in (True, False))
-    programs = compile_programs(compiled.model, buckets, show_progress=config.progress)
+    options = machine.target.compiler_options if is_exact else None
+    programs = compile_programs(compiled.model, buckets, show_progress=config.progress, compiler_options=options)
     return Temporaries(
         num_bytes=max(_temporary_bytes(programs.steps, bucket) for bucket in buckets),
         source=f"XLA for {machine.target.device_kind}" if is_exact else "XLA for CPUs",

@@ -4,6 +4,7 @@ The only file that knows jax.distributed, and two private names of jax: its dete
 Kubernetes, and the key-value store through which process 0 says where it listens.
 """
 
+import atexit
 import dataclasses
 import hashlib
 import ipaddress
@@ -198,13 +199,26 @@ def _connect(membership: Membership, timeout_s: float) -> Group:
     if membership.process_id:
         host, port, token = store.blocking_key_value_get(_ADDRESS_KEY, int(timeout_s * 1000)).split("|")
         link = connect((host, int(port)), membership.process_id, token, timeout_s)
-        return Group(membership.process_id, [link], **options)
+        return _parting(Group(membership.process_id, [link], **options))
     token = secrets.token_hex(16)
     with socket.create_server((membership.host, 0), family=_family(membership)) as listener:
         host, port = listener.getsockname()[:2]
         name = membership.host if not ipaddress.ip_address(host).is_loopback else host
         store.key_value_set(_ADDRESS_KEY, f"{name}|{port}|{token}")
-        return Group(0, accept(listener, membership.num_processes, token, timeout_s), **options)
+        return _parting(Group(0, accept(listener, membership.num_processes, token, timeout_s), **options))
+
+
+def _parting(group: Group) -> Group:
+    """Have a process of a failed group end without jax's farewell, which waits for the others and then aborts."""
+
+    def leave() -> None:
+        if group.failure is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+
+    atexit.register(leave)
+    return group
 
 
 def _end_process(process_id: int) -> Any:

@@ -4,8 +4,9 @@ jax's own serialize_executable pickles, and a pickle runs whatever it holds. Byt
 code: take them from those whom you would trust with a program.
 """
 
+import contextlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from jax._src import core
 from jax._src.interpreters import pxla
 from jax._src.lib import xla_client  # type: ignore[attr-defined]
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Sharding
 from jax.stages import Compiled
 
@@ -28,6 +30,19 @@ _NOT_OF_PROGRAMS = ("xla_dump", "xla_force_host_platform_device_count", "xla_gpu
 def serialize(compiled: Compiled) -> bytes:
     """The machine code of a program, for as many devices as it was compiled for."""
     return bytes(compiled.runtime_executable().serialize())  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def compiled_anew() -> Iterator[None]:
+    """Inside, jax's persistent cache is off: what a CPU's program took from there serializes without its functions."""
+    was_enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it looks at its settings once only
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was_enabled)
+        compilation_cache.reset_cache()
 
 
 def compiler_flags() -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The processes that run one program: process 0 speaks, the others follow, and all end when one of them does.
 
-Process 0 has a connection to each of the others. A message is a frame: its length in 4 bytes, then JSON; an empty
-frame is a heartbeat. A connection counts once it has shown the group's token. One thread per process reads them all;
-a peer that closes, that is silent for `SILENCE_S` or that says it failed ends the group.
+Process 0 has a connection to each of the others. A message is a frame: its length in 4 bytes, then JSON, its kind and
+what it says; an empty frame is a heartbeat. A connection counts once it has shown the group's token. One thread per
+process reads them all; a peer that closes, that is silent for `SILENCE_S` or that says it failed ends the group.
 """
 
 import contextlib
@@ -115,7 +115,7 @@ class Group:
         Raises:
           GroupError: one of them is gone.
         """
-        frame = frame_of(dict(message)) if self._links else b""
+        frame = frame_of(["says", dict(message)]) if self._links else b""
         for link in self._links.values():
             try:
                 link.send(frame)
@@ -177,21 +177,33 @@ class Group:
         if self._is_over.is_set():
             return
         self._is_over.set()
-        reason = f"{error}" or type(error).__name__
-        for link in self._links.values():
-            with contextlib.suppress(OSError):
-                link.send(frame_of({"failed": f"process {self.process_id} of {self.num_processes} failed: {reason}"}))
+        self.failure = GroupError(f"{error}" or type(error).__name__)
+        self._say(["failed", f"process {self.process_id} of {self.num_processes} failed: {self.failure}"])
         self._shut()
 
     def close(self) -> None:
-        """Leave in peace. Process 0 leaves first; the others may once it has said so."""
-        if not self._is_over.is_set():
-            self._is_over.set()
-            for link in self._links.values():
-                with contextlib.suppress(OSError):
-                    link.send(frame_of({"ended": True}))
-            self._on_close()
-            self._shut()
+        """Leave in peace, once every process is here."""
+        if self._is_over.is_set():
+            return
+        with contextlib.suppress(GroupError):  # who watches has said so
+            if self.leads:
+                for number in self._links:
+                    self.receive(number)
+                self._is_over.set()
+                self._say(["ended", None])
+            else:
+                self.send({})
+                self._links[0].messages.get()
+            if self.failure is None:
+                self._on_close()
+                self._shut()
+
+    def _say(self, message: Sequence[Any]) -> None:
+        """Send to whoever is still there."""
+        frame = frame_of(message)
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.send(frame)
 
     def _shut(self) -> None:
         for link in self._links.values():
@@ -204,30 +216,32 @@ class Group:
         with selectors.DefaultSelector() as selector:
             for link in self._links.values():
                 selector.register(link.connection, selectors.EVENT_READ, link)
+                link.heard_s = time.monotonic()  # it may have waited for the others until now
             due_s = 0.0
             while not self._is_over.is_set():
                 for key, _ in selector.select(max(0.0, due_s - time.monotonic())):
-                    self._take(key.data)
+                    if not self._take(key.data):
+                        selector.unregister(key.fileobj)
                 if time.monotonic() >= due_s:
                     due_s = time.monotonic() + HEARTBEAT_S
                     self._beat()
 
-    def _take(self, link: Link) -> None:
+    def _take(self, link: Link) -> bool:
+        """Read what came; whether more may come."""
         try:
             messages = link.read()
         except (OSError, ValueError) as error:
             self._failed(link.process_id, _reason(error))
-            return
-        for message in messages:
-            if "failed" in message:
-                self._end(GroupError(f"{message['failed']} The group ends: start all of it again."))
-            elif "ended" not in message:
-                link.messages.put(message)
-            elif self.leads:
-                self._failed(link.process_id, "it left while process 0 was running")
+            return False
+        for kind, content in messages:
+            if kind == "failed":
+                self._end(GroupError(f"{content.rstrip('.')}. The group ends: start all of it again."))
+            elif kind == "says":
+                link.messages.put(content)
             else:
                 self._is_over.set()
                 link.messages.put(None)
+        return True
 
     def _beat(self) -> None:
         for link in self._links.values():
@@ -256,9 +270,8 @@ class Group:
         self._is_over.set()
         for link in self._links.values():
             link.messages.put(None)
-            with contextlib.suppress(OSError):
-                if self.leads:
-                    link.send(frame_of({"failed": str(failure).partition(" The group ends")[0]}))
+        if self.leads:
+            self._say(["failed", str(failure).partition(" The group ends")[0]])
         for call in self._on_failure:
             call(failure)
         return failure

@@ -106,12 +106,12 @@ def _open_runtime(values: Mapping[str, Any]) -> "Runtime":
     runtime = Runtime(config)
     if runtime.num_processes > 1:  # gloo writes to stdout that it is connected: results alone belong there
         sys.stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-        os.dup2(sys.stderr.fileno(), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if runtime.takes_requests:
         return runtime
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes: process 0 ends them
     with runtime:
-        print("millrace: following process 0", file=sys.stderr, flush=True)
+        print(f"millrace: process {runtime.process_id} follows process 0", file=sys.stderr, flush=True)
         runtime.follow()
     raise SystemExit(0)
 

@@ -133,10 +133,12 @@ class StepLoop:
     def close(self) -> None:
         """Abort what is running and end the thread."""
         with self._changed:
-            self._is_closing = True
+            has_followed, self._is_closing = self._is_closing, True
             self._changed.notify()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join()
+        if not self.group.leads and not has_followed:
+            self.group.fail(GroupError("it closed its runtime before process 0 did"))
         self.group.close()
 
     def _ended(self) -> RuntimeClosedError:

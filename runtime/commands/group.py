@@ -1,7 +1,7 @@
 """`millrace group`: start all processes of a group on this machine, and again when one of them dies.
 
-What follows the flags is the command that each process runs, as in
-    millrace group --processes=4 --restarts=3 generate --mesh=tensor=4 --prompt=hello
+What follows "--" is the command that each process runs, as in
+    millrace group --processes=4 --restarts=3 -- generate --mesh=tensor=4 --prompt=hello
 Each gets --num_processes, --process_id and --coordinator_address besides. Across machines, see configs/deploy.
 """
 
@@ -19,7 +19,7 @@ GROUPS = (
     Group(
         "Group",
         (
-            Option("command", "texts", "the command that every process runs, by its place"),
+            Option("command", "texts", "the command that every process runs, behind --"),
             Option("processes", "integer", "how many processes", 2),
             Option("restarts", "integer", "how often the whole group is started again after one has failed", 0),
             Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
@@ -32,7 +32,9 @@ POSITIONALS = ("command",)
 def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     """The exit code of the group's last start."""
     if not values["command"]:
-        raise ConfigError("expected the command that every process runs, as in: millrace group generate --prompt=hello")
+        raise ConfigError(
+            "expected the command that every process runs, as in: millrace group -- generate --prompt=hello"
+        )
     if values["processes"] < 1 or values["restarts"] < 0:
         raise ConfigError("processes must be at least 1, and restarts at least 0.")
     return supervise(values["command"], values["processes"], values["restarts"])

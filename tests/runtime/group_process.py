@@ -1,8 +1,6 @@
 """One process of a group, for test_distributed.py: what it is to do comes as JSON in its first argument."""
 
 import json
-import os
-import signal
 import sys
 from typing import Any
 
@@ -22,23 +20,19 @@ def main() -> int:
                 print("follows", flush=True)
                 runtime.follow()
                 return 0
-            print(json.dumps(answers(runtime, given.get("dies", False))), flush=True)
+            print(json.dumps(answers(runtime, given.get("is_endless", False))), flush=True)
     except MillraceError as error:
         print(f"millrace: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 
 
-def answers(runtime: Runtime, dies: bool) -> dict[str, Any]:
+def answers(runtime: Runtime, is_endless: bool) -> dict[str, Any]:
     """Greedy, seeded, ended by a stop string, cancelled, and arriving while others run."""
-    if dies:
-        endless = runtime.submit("def", SamplingParams(max_tokens=None, temperature=0, ignore_eos=True))
-        next(iter(endless))
-        print("runs", flush=True)
+    if is_endless:
         while True:
-            for _ in runtime.stream("def", SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)):
-                if dies == "itself":
-                    os.kill(os.getpid(), signal.SIGKILL)
+            runtime.generate("def", SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)
+            print("runs", flush=True)
     greedy = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
     first = runtime.submit("def fibonacci(n):", greedy)
     next(iter(first))

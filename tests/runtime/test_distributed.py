@@ -14,7 +14,8 @@ from millrace.runtime.distributed import Membership, find, start
 from millrace.runtime.supervisor import free_port
 
 SCRIPT = Path(__file__).with_name("group_process.py")
-LEAVE_S = 30
+LEAVE_S = 30  # after a death
+START_S = 120  # for what comes within seconds on a machine that is not busy
 SMALL = {"num_slots": 2, "max_step_tokens": 16, "max_context_len": 64, "progress": False, "mesh": {"data": 8}}
 MEMORY = {"kv_cache_bytes": 2_000_000}
 
@@ -51,7 +52,7 @@ def start_two(start_process: Start) -> Callable[..., list[subprocess.Popen[str]]
 
 def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     """Of the last line; C++ may have written others before."""
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=START_S)
     assert process.returncode == 0, errors
     found: dict[str, Any] = json.loads(output.strip().split("\n")[-1])
     return found
@@ -65,9 +66,9 @@ def await_line(process: subprocess.Popen[str], line: str) -> None:
     raise AssertionError(process.communicate()[1])
 
 
-def last_words(process: subprocess.Popen[str]) -> list[str]:
+def last_words(process: subprocess.Popen[str], timeout_s: float = LEAVE_S) -> list[str]:
     """Our lines on stderr, once the process has ended by itself."""
-    errors = process.communicate(timeout=LEAVE_S)[1]
+    errors = process.communicate(timeout=timeout_s)[1]
     assert process.returncode == 1, errors
     return [line for line in errors.split("\n") if line.startswith("millrace: ")]
 
@@ -86,7 +87,7 @@ def test_two_processes_of_four_devices_give_the_tokens_of_one_process_of_eight(
 def test_a_killed_process_ends_the_other_with_a_line_that_names_it(
     start_two: Callable[..., list[subprocess.Popen[str]]], dead: int
 ) -> None:
-    processes = start_two(dies=True)
+    processes = start_two(is_endless=True)
     await_line(processes[0], "runs")
     processes[dead].kill()
     lines = last_words(processes[1 - dead])
@@ -97,7 +98,7 @@ def test_processes_that_disagree_on_the_config_stop_with_what_differs(
     start_two: Callable[..., list[subprocess.Popen[str]]],
 ) -> None:
     for process in start_two(second={"num_slots": 3, "page_size": 8}):
-        lines = last_words(process)
+        lines = last_words(process, START_S)
         assert len(lines) == 1
         assert "num_slots is 2 in process 0, 3 in process 1" in lines[0]
         assert "page_size is 16 in process 0, 8 in process 1" in lines[0]
@@ -106,8 +107,8 @@ def test_processes_that_disagree_on_the_config_stop_with_what_differs(
 def test_processes_that_plan_other_steps_stop_and_name_process_and_step(
     start_two: Callable[..., list[subprocess.Popen[str]]],
 ) -> None:
-    for process in start_two(diverges=True):
-        assert any("process 1 of 2" in line and "before step" in line for line in last_words(process))
+    for process in start_two(diverges=True, is_endless=True):
+        assert any("process 1 of 2" in line and "before step" in line for line in last_words(process, START_S))
 
 
 def test_a_coordinator_that_does_not_answer_is_an_error_that_names_it() -> None:
