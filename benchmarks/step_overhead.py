@@ -4,8 +4,8 @@
 
 The step loop's own order, by hand: plan step N+1, pack and dispatch it, then wait for step N and commit it. The wait
 is the device's time and counts nowhere. Measured with one decode step per dispatch and with the default of several on
-one device, and on 72 virtual CPU devices, a data shard each, with 16 slots a shard. There
-every step is waited for before the host goes on, for 72 virtual devices would take the cores that are measured.
+one device, and on 72 virtual CPU devices, a data shard each, with 16 slots a shard. There every step is waited for
+before the host goes on, for 72 virtual devices would take the cores that are measured.
 """
 
 import argparse
@@ -53,9 +53,9 @@ def measure(engine: Engine, num_steps: int) -> dict[str, float]:
         step = plan()
         result = run(step) if step is not None else None
         if result is not None and scheduler.config.num_shards > 1:
-            jax.block_until_ready(result._outputs)
+            result.wait()
         if in_flight is not None:
-            jax.block_until_ready(in_flight[1]._outputs)
+            in_flight[1].wait()
             tokens = fetch(in_flight[1])
             commit(in_flight[0], tokens)
         in_flight = (step, result) if step is not None else None

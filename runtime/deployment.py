@@ -62,7 +62,7 @@ def deploy(config: RuntimeConfig, model_config: ModelConfig, mesh: Mesh, memory_
     config = config.replace(mesh=tuple((str(axis), int(size)) for axis, size in mesh.shape.items()))
     decoder = AbstractDecoder(with_places(model_config, mesh), dtype)
     sizes = None
-    weight_bytes = sum(map(placement.shard_bytes, flatten(decoder.specs)[0].values()))
+    weight_bytes = device_weight_bytes(decoder, placement)
     if config.weights != "resident":
         sizes = plan_stream(decoder, placement, weights_budget(config, memory_bytes))
         config = config.replace(weights_memory=sizes.num_bytes)
@@ -79,6 +79,11 @@ def deploy(config: RuntimeConfig, model_config: ModelConfig, mesh: Mesh, memory_
         sizes=sizes,
         weight_bytes=weight_bytes,
     )
+
+
+def device_weight_bytes(decoder: AbstractDecoder, placement: Placement) -> int:
+    """Bytes of all weights on each device."""
+    return sum(map(placement.shard_bytes, flatten(decoder.specs)[0].values()))
 
 
 def _step_model(config: RuntimeConfig, decoder: AbstractDecoder, placement: Placement, num_pages: int) -> StepModel:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ..errors import ConfigError, KernelError
-from ..models.config import ModelConfig
+from ..models.config import ModelConfig, MoeSpec
 from ..models.decoder import AbstractDecoder
 from ..models.partition import partition, with_places
 from ..sharding.axes import MeshAxis
@@ -16,10 +16,9 @@ from ..sharding.rules import Placement
 from ..sharding.targets import TargetMachine
 from .buckets import Bucket
 from .config import RuntimeConfig
-from .deployment import Deployment, deploy
+from .deployment import Deployment, deploy, device_weight_bytes
 from .memory_plan import MemoryPlan, Temporaries, num_fitting, plan_memory, planned_mesh
 from .model_source import compute_dtype
-from .param_tree import flatten
 from .programs import compile_programs
 from .records import Record, records_of
 from .roofline import DeviceModel, Prediction, Workload, predict
@@ -46,6 +45,7 @@ class DeploymentPlan:
     mesh: str
     num_devices: int
     dtype: str
+    weights: str  # where they are: resident, stream, host
     num_slots: int
     max_step_tokens: int
     workload: Workload
@@ -92,6 +92,7 @@ def plan_deployment(
         mesh=mesh_text(mesh_sizes(placement.mesh)),
         num_devices=placement.mesh.size,
         dtype=str(config.dtype),
+        weights=config.weights,
         num_slots=config.num_slots,
         max_step_tokens=config.max_step_tokens,
         workload=workload,
@@ -173,9 +174,8 @@ def sweep(
     Each has as many slots as its memory holds at the workload's mean context.
     """
     found = []
-    for sizes in _factorisations(
-        machine.num_devices, has_experts=any(hasattr(x.mlp, "num_experts") for x in model.layers)
-    ):
+    has_experts = any(isinstance(layer.mlp, MoeSpec) for layer in model.layers)
+    for sizes in _factorisations(machine.num_devices, has_experts=has_experts):
         try:
             plan = _plan_mesh(config, model, machine, workload, sizes)
         except ConfigError:  # the model does not split over it
@@ -196,7 +196,7 @@ def _plan_mesh(
     dtype = compute_dtype(model, config.dtype)
     config = resolve(config, model, dtype)
     decoder = AbstractDecoder(with_places(model, mesh), dtype)
-    weights = sum(map(placement.shard_bytes, flatten(decoder.specs)[0].values()))
+    weights = device_weight_bytes(decoder, placement)
     room = usable_bytes(placement, target.memory_bytes) - weights
     num_slots = num_fitting(config, model, placement, room, workload.mean_context_len)
     if num_slots == 0:

@@ -6,7 +6,6 @@ Kubernetes, and the key-value store through which process 0 says where it listen
 
 import atexit
 import dataclasses
-import hashlib
 import ipaddress
 import os
 import secrets
@@ -16,13 +15,13 @@ import threading
 import time
 import warnings
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from ..errors import ConfigError, GroupError
+from .artifacts import source_digest
 from .config import RuntimeConfig
 from .group import Group, accept, connect
 
@@ -234,13 +233,4 @@ def _end_process(process_id: int) -> Any:
 
 
 def _versions() -> dict[str, object]:
-    return {"jax": jax.__version__, "jaxlib": metadata.version("jaxlib"), "the source": _source_digest()}
-
-
-def _source_digest() -> str:
-    root = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for folder in ("models", "pallas_kernels", "runtime", "sharding"):
-        for path in sorted((root / folder).rglob("*.py")):
-            digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
+    return {"jax": jax.__version__, "jaxlib": metadata.version("jaxlib"), "the source": source_digest()[:16]}

@@ -33,6 +33,10 @@ class StepResult:
         self._prompt: Scores | None = None
         outputs.sampled.tokens.copy_to_host_async()
 
+    def wait(self) -> None:
+        """Until the device has computed the step."""
+        jax.block_until_ready(self._outputs)
+
     def tokens(self) -> np.ndarray:
         """[num_steps, R, B]."""
         return np.asarray(self._outputs.sampled.tokens)

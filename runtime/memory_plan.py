@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 
 from ..errors import ConfigError
 from ..models.config import ModelConfig
-from ..models.kv_cache import num_cache_heads
 from ..sharding.mesh import make_mesh
 from ..sharding.rules import Placement
 from ..sharding.targets import TargetMachine
@@ -16,7 +15,7 @@ from .batching import NUM_FLAGS, Layout
 from .config import RuntimeConfig
 from .deployment import Deployment
 from .logprobs import MAX_LOGPROBS
-from .sizes import slot_bytes, usable_bytes
+from .sizes import bytes_of_page, slot_bytes, usable_bytes
 from .temporaries import step_temporaries
 
 _MOST_SLOTS = 2**14  # of one data shard that a search considers
@@ -116,10 +115,7 @@ def num_fitting(config: RuntimeConfig, model: ModelConfig, placement: Placement,
     `config` is complete, but for num_slots, which would be the answer, and max_step_tokens, which is raised with it.
     """
     assert config.max_step_tokens is not None
-    itemsize = 4 if config.kv_cache_dtype == "float32" else 2
-    heads = num_cache_heads(model, placement) // placement.size("tensor")
-    pages = -(-context_len // config.page_size)
-    sequence_bytes = pages * config.page_size * 2 * model.num_layers * heads * model.head_dim * itemsize
+    sequence_bytes = -(-context_len // config.page_size) * bytes_of_page(config, model, placement)
     one_slot = slot_bytes(1, model, placement)
     step_tokens = config.max_step_tokens
 

@@ -59,6 +59,8 @@ def _roofline(plan: DeploymentPlan) -> str:
         _bound("decode", prediction.decode),
         f"  {prediction.device_tokens_per_s:,.0f} tokens/s a device, {prediction.tokens_per_s:,.0f} in sum",
     ]
+    if plan.weights != "resident":
+        lines.append(f"  without the time that weights={plan.weights} takes to bring them to the device")
     for record in plan.records:
         lines.append(f"  the record: {record.device_tokens_per_s:,.0f} tokens/s a device ({record.source})")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ RECORDS = (
         target="gb200",
         model="llama-2-70b",
         device_tokens_per_s=12_022,
-        source="Azure ND GB200 v6, 2025: 865,000 tokens/s on 72 GPUs, MLPerf v5.1 Offline, FP4, TensorRT-LLM",
+        source="GB200 NVL72, the record before GB300's: 865,000 tokens/s on 72 GPUs",
     ),
     Record(
         target="h200",
@@ -38,7 +38,12 @@ RECORDS = (
         device_tokens_per_s=3_862,
         source="MLPerf v5.1 open division, one H200, fp8, vLLM",
     ),
-    Record(target="h200", model="llama-3.1-8b", device_tokens_per_s=8_255, source="MLPerf v5.1 Offline, one H200, fp8"),
+    Record(
+        target="h200",
+        model="llama-3.1-8b",
+        device_tokens_per_s=8_255,
+        source="TensorRT-LLM on one H200, MLPerf Inference",
+    ),
 )
 
 

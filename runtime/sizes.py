@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ..errors import ConfigError, OutOfMemoryError
 from ..models.config import ModelConfig
-from ..models.kv_cache import num_cache_heads
+from ..models.kv_cache import cache_spec
 from ..sharding.rules import Placement
 from . import host_memory
 from .config import (
@@ -103,9 +103,7 @@ def size_cache(
       ConfigError: the device does not say how much memory it has, and kv_cache_bytes is not given.
     """
     assert config.max_context_len is not None and config.kv_cache_dtype is not None and config.num_slots is not None
-    heads = num_cache_heads(model, placement) // placement.size("tensor")
-    itemsize = 4 if config.kv_cache_dtype == "float32" else 2
-    page_bytes = 2 * model.num_layers * heads * config.page_size * model.head_dim * itemsize
+    page_bytes = bytes_of_page(config, model, placement)
     pages_per_slot = -(-config.max_context_len // config.page_size)
     taken = {
         "the weights": weight_bytes,
@@ -124,6 +122,12 @@ def size_cache(
             f"Lower max_context_len{to}, raise kv_cache_bytes, or choose a larger tensor axis."
         )
     return CacheSize(num_pages=num_pages, page_bytes=page_bytes)
+
+
+def bytes_of_page(config: RuntimeConfig, model: ModelConfig, placement: Placement) -> int:
+    """A page of the KV cache on one device: keys and values of all layers."""
+    page = cache_spec(model, placement, 1, config.page_size, config.kv_cache_dtype or "")
+    return placement.shard_bytes(page)
 
 
 def slot_bytes(num_slots: int, model: ModelConfig, placement: Placement) -> int:

@@ -14,6 +14,7 @@ from .slot_state import MAX_BAD_WORDS, RECENT_LEN
 _STREAMS = 6  # [T, D]: the residual stream, its norm, and both again in float32
 _QUERIES = 4  # [T, N H]: queries before and after rope, and the attended values
 _INNER = 4  # [T, F]: gate, up, their product, and one of them in float32
+_RECEIVED = 3  # [received rows, D]: as they came, in the order of places, and on their way back
 _LOGITS = 6  # [B, V] in float32: what sampling makes of the logits
 _FLOAT = 4  # bytes
 _BLOCK_KEYS = 64  # keys and values of a row that attention has gathered at once, at least
@@ -38,11 +39,21 @@ def _layer(layer: LayerSpec, model: ModelConfig, placement: Placement, itemsize:
     heads = (attention.num_heads + 2 * max(attention.num_kv_heads, n)) / n
     queries = _QUERIES * math.ceil(heads * attention.head_dim) * (itemsize + _FLOAT) // 2
     if isinstance(mlp, MoeSpec):
-        rows = mlp.num_experts_per_token * (1 if placement.size("expert") == 1 else 2)  # its own, and those sent here
+        rows = mlp.num_experts_per_token
         inner = rows * (_INNER * mlp.mlp_dim // n + 4 * model.embed_dim) * (itemsize + _FLOAT) // 2
+        inner += _received(mlp, model, placement) * itemsize
     else:
         inner = _INNER * (mlp.mlp_dim // n) * (itemsize + _FLOAT) // 2
     return stream + max(queries, inner)
+
+
+def _received(mlp: MoeSpec, model: ModelConfig, placement: Placement) -> int:
+    """Numbers for each token that the rows of other devices take: room for the most that all of them may send."""
+    e, n = placement.size("expert"), placement.size("tensor")
+    if e == 1:
+        return 0
+    rows = e * min(mlp.num_experts_per_token, -(-mlp.num_experts // e))
+    return rows * max(_RECEIVED * model.embed_dim, 2 * model.embed_dim + 3 * mlp.mlp_dim // n)
 
 
 def _row(model: ModelConfig, placement: Placement) -> int:

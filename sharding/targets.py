@@ -4,6 +4,7 @@ Sizes, clocks and memory bandwidth are those of the vendor's compiler configurat
 (stream_executor.GpuTargetConfigProto); arithmetic and links are those of the data sheets that each target names.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -80,6 +81,13 @@ class TargetMachine:
                 'GPU is needed: pip install "millrace[cuda]".'
             ) from error
         return list(topology.devices)
+
+
+def stay_on_cpus(num_devices: int) -> None:
+    """Keep jax away from GPUs that happen to be here, and let it have at least so many CPU devices."""
+    jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # jax runs already, with the devices that it has
+        jax.config.update("jax_num_cpu_devices", max(num_devices, jax.config.jax_num_cpu_devices))
 
 
 def parse_target(text: str) -> TargetMachine:

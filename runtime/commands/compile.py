@@ -48,7 +48,7 @@ def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
     import jax
 
     from ...sharding.mesh import make_mesh
-    from ...sharding.targets import parse_target
+    from ...sharding.targets import parse_target, stay_on_cpus
     from ..artifacts import write_artifact
     from ..deployment import deploy
     from ..model_source import open_model_config
@@ -56,7 +56,7 @@ def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
 
     machine = None if config.target is None else parse_target(config.target)
     if machine is not None:
-        _stay_on_cpus(machine.num_devices if machine.target.platform == "cpu" else 1)
+        stay_on_cpus(machine.num_devices if machine.target.platform == "cpu" else 1)
     mesh = make_mesh(dict(config.mesh or ()), machine.compile_devices() if machine else None)
     model = open_model_config(config.model, config.revision)
     deployment = deploy(config, model, mesh, machine.target.memory_bytes if machine else device_memory(mesh))
@@ -67,17 +67,6 @@ def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
         show_progress=config.progress,
         compiler_options=machine.target.compiler_options if machine else None,
     )
-
-
-def _stay_on_cpus(num_devices: int) -> None:
-    """Keep jax away from GPUs that happen to be here, and let it have at least so many CPU devices."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        jax.config.update("jax_num_cpu_devices", max(num_devices, jax.config.jax_num_cpu_devices))
-    except RuntimeError:  # jax runs already, with the devices that it has
-        return
 
 
 def _table(manifest: "Manifest") -> str:

@@ -39,13 +39,13 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     from ..overrides import resolve
 
     config = resolve(values)
-    _plan_on_cpus(math.prod(size for _, size in config.mesh or ()))
-    from ...sharding.targets import parse_target
+    from ...sharding.targets import parse_target, stay_on_cpus
     from ..deployment_plan import plan_deployment, sweep
     from ..model_source import open_model_config
     from ..plan_report import plan_json, plan_text, plot, sweep_text
     from ..roofline import Workload
 
+    stay_on_cpus(math.prod(size for _, size in config.mesh or ()))
     machine = parse_target(config.target or "cpu")
     model = open_model_config(config.model, config.revision)
     workload = Workload(prompt_len=values["prompt_len"], output_len=values["output_len"])
@@ -53,21 +53,11 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     meshes = sweep(config, model, machine, workload) if values["sweep"] else None
     if values["json"] != "-":
         print(plan_text(plan))
-        print("" if meshes is None else f"\n{sweep_text(meshes)}")
+    if values["json"] != "-" and meshes is not None:
+        print(f"\n{sweep_text(meshes)}")
     if values["json"]:
         text = plan_json(plan, meshes)
         print(text) if values["json"] == "-" else Path(values["json"]).write_text(text + "\n")
     if values["plot"]:
         plot(plan, meshes, values["plot"])
     return int(plan.memory.free < 0)
-
-
-def _plan_on_cpus(num_devices: int) -> None:
-    """Keep jax away from GPUs that happen to be here, and let it have a CPU device for each of the mesh."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        jax.config.update("jax_num_cpu_devices", num_devices)
-    except RuntimeError:  # jax runs already, with the devices that it has
-        return

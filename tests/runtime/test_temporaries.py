@@ -15,6 +15,7 @@ from millrace.sharding.mesh import make_mesh
 CASES: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("llama_default", {"data": 2}, {"num_slots": 8, "max_step_tokens": 32}),
     ("gemma3_text", {}, {"num_slots": 128}),
+    ("qwen3_moe_norm", {"expert": 4}, {"num_slots": 8, "max_step_tokens": 256}),
     ("qwen3_moe_norm", {}, {"num_slots": 8, "max_step_tokens": 512, "dtype": "bfloat16"}),
 ]
 
