@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..models.config import ModelConfig
 from ..sharding.mesh import mesh_sizes
 from .config import RuntimeConfig
 from .deployment import Deployment
-from .executables import LoadedProgram, compiled_anew, compiler_flags, processor, serialize
+from .executables import LoadedProgram, compiled_anew, compiler_flags, processor, serialize, used_leaves
 from .json_files import read_object
 from .program_specs import program_specs
 from .programs import CompilerOptions, Programs, compile_each, join_programs
@@ -49,6 +49,7 @@ class ProgramEntry:
 
     num_bytes: int  # of its file
     sha256: str
+    used: Sequence[int]  # numbers of the leaves of its arguments that it takes
     arguments: int
     in_place: int  # of the arguments, donated to outputs
     temporaries: int
@@ -148,8 +149,8 @@ def load_programs(
     for name, spec in specs.items():
         before_each()
         try:
-            made[name] = LoadedProgram(spec, contents.pop(name))
-        except RuntimeError as error:
+            made[name] = LoadedProgram(spec, contents.pop(name), manifest.programs[name].used)
+        except (RuntimeError, IndexError, TypeError) as error:
             raise ConfigError(f"artifact {folder}: XLA does not load {name} ({error}). Compile it again.") from error
     return join_programs(deployment.model, deployment.buckets, made, streams=streams)
 
@@ -243,6 +244,7 @@ def _entry(compiled: Compiled, content: bytes, compile_s: float) -> ProgramEntry
     return ProgramEntry(
         num_bytes=len(content),
         sha256=hashlib.sha256(content).hexdigest(),
+        used=used_leaves(compiled),
         arguments=memory.argument_size_in_bytes,
         in_place=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,

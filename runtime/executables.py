@@ -6,7 +6,7 @@ code: take them from those whom you would trust with a program.
 
 import contextlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,11 @@ _NOT_OF_PROGRAMS = ("xla_dump", "xla_force_host_platform_device_count", "xla_gpu
 def serialize(compiled: Compiled) -> bytes:
     """The machine code of a program, for as many devices as it was compiled for."""
     return bytes(compiled.runtime_executable().serialize())  # type: ignore[union-attr]
+
+
+def used_leaves(compiled: Compiled) -> tuple[int, ...]:
+    """Which leaves of its arguments a program takes, by their numbers: the others it does not read."""
+    return tuple(sorted(compiled._executable._kept_var_idx))  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -74,8 +79,8 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Mapping[str, Any]:
 class LoadedProgram:
     """A program that was compiled elsewhere; it is called, and takes over donated arguments, as a compiled one."""
 
-    def __init__(self, spec: ProgramSpec, content: bytes) -> None:
-        """Raises RuntimeError if XLA does not take the bytes."""
+    def __init__(self, spec: ProgramSpec, content: bytes, used: Sequence[int]) -> None:
+        """`used` as in `used_leaves`. Raises RuntimeError if XLA does not take the bytes."""
         inputs, in_tree = jax.tree.flatten(spec.arguments)
         self._in_tree: Any = in_tree
         outputs, self._out_tree = jax.tree.flatten(spec.outputs)
@@ -83,7 +88,7 @@ class LoadedProgram:
         client = outputs[0].sharding.mesh.local_devices[0].client
         self._name = spec.name
         self._executable = client.deserialize_executable(content, devices)
-        self._shardings: list[Sharding] = [leaf.sharding for leaf in inputs]
+        self._used: list[tuple[int, Sharding]] = [(number, inputs[number].sharding) for number in used]
         self._shapes = [leaf.shape for leaf in inputs]
         avals = [core.ShapedArray(leaf.shape, leaf.dtype) for leaf in outputs]
         shardings = [leaf.sharding for leaf in outputs]
@@ -98,7 +103,7 @@ class LoadedProgram:
                 f"{self._name}: expected arguments {self._in_tree} of shapes {self._shapes}; got {tree} of "
                 f"{[np.shape(leaf) for leaf in leaves]}. Load the artifact for this model."
             )
-        arrays = [_placed(leaf, sharding) for leaf, sharding in zip(leaves, self._shardings, strict=True)]
+        arrays = [_placed(leaves[number], sharding) for number, sharding in self._used]
         results = self._executable.execute_sharded(arrays).consume_with_handlers(self._handlers)
         return jax.tree.unflatten(self._out_tree, results)
 

@@ -58,9 +58,9 @@ class ProgramSpec:
     donated: tuple[int, ...] = ()  # arguments whose memory becomes that of outputs
 
     def lower(self) -> Lowered:
-        """Traced, for the devices of its shardings; every leaf of the arguments is a parameter, used or not."""
+        """Traced, for the devices of its shardings."""
         shardings = jax.tree.map(lambda a: a.sharding, self.outputs)
-        jitted = jax.jit(self.function, donate_argnums=self.donated, out_shardings=shardings, keep_unused=True)
+        jitted = jax.jit(self.function, donate_argnums=self.donated, out_shardings=shardings)
         lowered = jitted.lower(*self.arguments)
         found, expected = (jax.tree.map(lambda a: (a.shape, a.dtype), t) for t in (lowered.out_info, self.outputs))
         assert found == expected, f"{self.name}: {found} is not {expected}"

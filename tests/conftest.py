@@ -1,6 +1,6 @@
 """Settings of every test: several CPU devices, and one cache of compiled programs for the session."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +10,6 @@ import pytest
 from millrace import Runtime
 
 jax.config.update("jax_num_cpu_devices", 8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def let_go_of_programs() -> Iterator[None]:
-    """jax keeps what it compiled, some 1,000 memory mappings a runtime; a process may have 65,530 and dies of more."""
-    yield
-    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """What the compiled programs hold: no second copy of the cache or of the weights, and one program per bucket."""
 
+import gc
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from millrace import Runtime
 from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, RopeSpec
 from millrace.models.decoder import AbstractDecoder
 from millrace.models.kv_cache import cache_spec
@@ -98,3 +101,13 @@ def test_a_streamed_layer_updates_the_cache_in_place_and_layers_of_one_kind_shar
         memory = step.layers[0].memory_analysis()
         assert memory.alias_size_in_bytes >= model.cache.num_bytes, f"{bucket}: the cache is not updated in place"
         assert memory.temp_size_in_bytes < model.cache.num_bytes / 4, f"{bucket}: {memory}"
+
+
+def test_a_closed_runtime_leaves_no_program(open_tiny: Callable[..., Runtime]) -> None:
+    client = jax.devices()[0].client
+    open_tiny().close()  # what loading compiles stays: it is shared
+    gc.collect()
+    num_before = len(client.live_executables())
+    open_tiny().close()
+    gc.collect()
+    assert len(client.live_executables()) == num_before
