@@ -11,7 +11,6 @@ trustworthy: take artifacts from those whom you would trust with a program.
 import dataclasses
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -87,14 +86,14 @@ def write_artifact(
     """
     try:
         _make_room(folder)
-        entries, started = {}, time.perf_counter()
+        entries = {}
         specs = program_specs(deployment.model, deployment.buckets, streams=deployment.sizes is not None)
         with compiled_anew():
-            for spec, compiled in compile_each(specs, show_progress=show_progress, compiler_options=compiler_options):
+            each = compile_each(specs, show_progress=show_progress, compiler_options=compiler_options)
+            for name, compiled, compile_s in each:
                 content = serialize(compiled)
-                (folder / f"{spec.name}{SUFFIX}").write_bytes(content)
-                entries[spec.name] = _entry(compiled, content, time.perf_counter() - started)
-                started = time.perf_counter()
+                (folder / f"{name}{SUFFIX}").write_bytes(content)
+                entries[name] = _entry(compiled, content, compile_s)
         manifest = Manifest(
             target=target,
             kernels=deployment.model.kernels.made,

@@ -4,8 +4,13 @@ Resident weights: exactly one program per bucket. Streamed weights: three per bu
 of layer) and head, which `StreamedStep` runs one after the other.
 """
 
+import contextlib
 import dataclasses
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -30,6 +35,8 @@ from .program_specs import (
 from .steps import DeviceState, StepModel, StepOutputs
 from .weight_streaming import StreamedParams
 
+_MAX_AT_ONCE = 8  # programs that are compiled together, each with some hundred megabytes
+_STACK_BYTES = 64 << 20  # of a thread that compiles
 # Called with the arguments of its spec: compiled here, or loaded from an artifact.
 type Program = Callable[..., Any]
 type CompilerOptions = Mapping[str, bool | int | str]
@@ -100,8 +107,8 @@ def compile_programs(
     made = {}
     specs = program_specs(model, buckets, streams=streams)
     each = compile_each(specs, show_progress=show_progress, before_each=before_each, compiler_options=compiler_options)
-    for spec, compiled in each:
-        made[spec.name] = compiled
+    for name, compiled, _ in each:
+        made[name] = compiled
     return join_programs(model, buckets, made, streams=streams)
 
 
@@ -111,14 +118,33 @@ def compile_each(
     show_progress: bool,
     before_each: Callable[[], object] = lambda: None,
     compiler_options: CompilerOptions | None = None,
-) -> Iterator[tuple[ProgramSpec, Compiled]]:
-    """Each program with its spec, as soon as it is compiled."""
-    with tqdm(total=len(specs), desc="compiling", unit="program", delay=1, disable=not show_progress) as bar:
-        for spec in specs.values():
-            before_each()
-            bar.set_postfix_str(spec.name)
-            yield spec, spec.lower().compile(dict(compiler_options or {}))
+) -> Iterator[tuple[str, Compiled, float]]:
+    """Each program by its name, with the seconds that it took, in the order of `specs`; several are made at once."""
+
+    def compile_one(spec: ProgramSpec) -> tuple[Compiled, float]:
+        before_each()
+        started_s = time.perf_counter()
+        return spec.lower().compile(dict(compiler_options or {})), time.perf_counter() - started_s
+
+    bar = tqdm(total=len(specs), desc="compiling", unit="program", delay=1, disable=not show_progress)
+    with bar, _compiler_threads() as threads:
+        pending = {name: threads.submit(compile_one, spec) for name, spec in specs.items()}
+        for name, future in pending.items():
+            bar.set_postfix_str(name)
+            yield name, *future.result()
             bar.update()
+
+
+@contextlib.contextmanager
+def _compiler_threads() -> Iterator[ThreadPoolExecutor]:
+    """One for each processor; XLA overflows the usual stack when it compiles several programs at once."""
+    size = threading.stack_size(_STACK_BYTES)
+    pool = ThreadPoolExecutor(min(_MAX_AT_ONCE, os.cpu_count() or 1), thread_name_prefix="millrace-compile")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        threading.stack_size(size)
 
 
 def join_programs(
