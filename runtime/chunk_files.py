@@ -23,7 +23,7 @@ from .store_format import ArrayEntry, Region
 _BLOCK_BYTES = 4096  # direct I/O: files, buffers and sizes in multiples of it
 _CRC_BYTES = 4
 _PIECE_BYTES = 1 << 20  # of a cached file: its CRC32C is taken while the processor's cache still holds it
-_NUM_READERS = 4  # chunks on their way from the disk at once
+_NUM_READERS = 4  # chunks on their way at once; from the page cache no more than processors: they copy, none waits
 
 
 class ChunkFiles:
@@ -31,7 +31,8 @@ class ChunkFiles:
 
     def __init__(self, *, direct: bool) -> None:
         self._direct = direct
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="millrace-chunks")
+        num_readers = _NUM_READERS if direct else min(_NUM_READERS, os.cpu_count() or 1)
+        self._readers = ThreadPoolExecutor(num_readers, thread_name_prefix="millrace-chunks")
         self._own = threading.local()  # a reader's room for one chunk: fresh memory is slower than a disk
 
     def start_read(self, folder: Path, entry: ArrayEntry, region: Region, out: np.ndarray) -> list["Future[None]"]:
