@@ -1,5 +1,8 @@
 """What the host does for a step of running slots: plan, batch and commit, and dispatch and fetch beside them.
 
+Commit is what the step loop does with a step's tokens: the scheduler takes them, and each request's handle gets what
+it is brought.
+
     python benchmarks/step_overhead.py [--model=embedded] [--num_slots=32] [--num_steps=100]
 
 The step loop's own order, by hand: plan step N+1, pack and dispatch it, then wait for step N and commit it. The wait
@@ -23,6 +26,8 @@ from report import report
 
 from millrace.runtime.assembly import Engine, assemble
 from millrace.runtime.config import RuntimeConfig
+from millrace.runtime.delivery import Delivery
+from millrace.runtime.handle import RequestHandle
 from millrace.runtime.request import validate
 from millrace.runtime.sampling_params import SamplingParams
 
@@ -37,15 +42,18 @@ def measure(engine: Engine, num_steps: int) -> dict[str, float]:
     num_slots = engine.config.num_slots
     num_sequences = num_slots * scheduler.config.num_shards
     params = SamplingParams(temperature=1.0, max_tokens=None, ignore_eos=True, seed=1)
+    delivery = Delivery()
     for slot in range(num_sequences):
         prompt = [5 + (7 * slot + position) % 1000 for position in range(8)]
-        scheduler.add(validate(str(slot), prompt, params, engine.limits))
+        request = validate(str(slot), prompt, params, engine.limits)
+        delivery.take(RequestHandle(request, tokenizer=None, cancel=lambda handle: None))
+        scheduler.add(request)
     times: dict[str, list[float]] = defaultdict(list)
     # The executor packs within run(): time that part on its own.
     executor.batcher.pack = timed(executor.batcher.pack, times["batch"])  # type: ignore[method-assign]
-    plan, run, commit = (
-        timed(verb, times[name])
-        for verb, name in ((scheduler.plan, "plan"), (executor.run, "run"), (scheduler.commit, "commit"))
+    plan, run = timed(scheduler.plan, times["plan"]), timed(executor.run, times["run"])
+    commit = timed(
+        lambda step, tokens, result: delivery.deliver(scheduler.commit(step, tokens), result), times["commit"]
     )
     fetch = timed(lambda result: result.tokens(), times["fetch"])
     in_flight = None
@@ -56,8 +64,7 @@ def measure(engine: Engine, num_steps: int) -> dict[str, float]:
             result.wait()
         if in_flight is not None:
             in_flight[1].wait()
-            tokens = fetch(in_flight[1])
-            commit(in_flight[0], tokens)
+            commit(in_flight[0], fetch(in_flight[1]), in_flight[1])
         in_flight = (step, result) if step is not None else None
         if len(times["plan"]) > WARM_UP and (
             step is None or sum(shard.num_rows for shard in step.shards) < num_sequences

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from ..models.batch import StepBatch
 from .buckets import Bucket
-from .plan import ShardPlan, StepPlan
+from .plan import ShardPlan, StepPlan, first_rows
 from .sampling import SamplingRows, Wants
 from .sequence import Sequence
 
@@ -58,7 +58,7 @@ class Layout:
             "budgets": (rows,),
             "kv_lens": (rows,),
             "page_tables": (rows, self.pages_per_slot),
-            **dict.fromkeys(_PARAMS, (rows,)),
+            "params": (len(_PARAMS), rows),
         }
         if not self.bucket.is_decode:
             fields |= {"cu_query_lens": (rows + 1,), **dict.fromkeys(_TOKEN_FIELDS, (tokens,))}
@@ -74,21 +74,21 @@ class Layout:
         views, offset = {}, 0
         for name, shape in self.fields().items():
             size = math.prod(shape)
-            view = packed[..., offset : offset + size].reshape(*packed.shape[:-1], *shape, copy=False)
-            views[name] = view.view(np.float32) if name in _FLOATS else view
+            views[name] = packed[..., offset : offset + size].reshape(*packed.shape[:-1], *shape, copy=False)
             offset += size
         return views
 
     def split(self, packed: Int[Array, "R C"]) -> dict[str, Array]:
-        """Each field as an array [R, ...]."""
+        """Each field as an array [R, ...], and each sampling parameter as one of its own dtype."""
         arrays, offset = {}, 0
         for name, shape in self.fields().items():
             size = math.prod(shape)
-            array = packed[:, offset : offset + size].reshape(packed.shape[0], *shape)
-            if name in _FLOATS:
-                array = jax.lax.bitcast_convert_type(array, jnp.float32)
-            arrays[name] = jax.lax.bitcast_convert_type(array, jnp.uint32) if name.startswith("seed") else array
+            arrays[name] = packed[:, offset : offset + size].reshape(packed.shape[0], *shape)
             offset += size
+        params = arrays.pop("params")
+        for i, name in enumerate(_PARAMS):
+            dtype = jnp.float32 if name in _FLOATS else jnp.uint32 if name.startswith("seed") else jnp.int32
+            arrays[name] = jax.lax.bitcast_convert_type(params[:, i], dtype)
         return arrays
 
 
@@ -163,8 +163,9 @@ class Batcher:
         packed = np.zeros((len(plan.shards), layout.width), np.int32)
         flags = np.zeros(NUM_FLAGS, np.int32)
         views = layout.views(packed)
-        shard, row, slots = _rows(plan)
-        self._fill_rows(views, plan, (shard, row, slots))
+        at = first_rows([part.num_rows for part in plan.shards])
+        shard, slots = at[0], _slots(plan)
+        self._fill_rows(views, plan, at, slots)
         if not bucket.is_decode:
             for r, shard_plan in enumerate(plan.shards):
                 _fill_tokens({name: view[r] for name, view in views.items()}, shard_plan, bucket)
@@ -174,40 +175,34 @@ class Batcher:
         flags[2:] = self._wants[shard, slots].any(axis=0)
         return Control(packed, flags)
 
-    def _fill_rows(self, views: dict[str, np.ndarray], plan: StepPlan, rows: tuple[np.ndarray, ...]) -> None:
+    def _fill_rows(
+        self, views: dict[str, np.ndarray], plan: StepPlan, at: tuple[np.ndarray, np.ndarray], slots: np.ndarray
+    ) -> None:
         """Every row of every shard at once: decodes from the arrays of the plan, chunks one by one."""
-        shard, row, slots = rows
-        at = (shard, row)
         views["slots"][...] = self._num_slots  # padding rows have no slot: what they would record is dropped
         views["slots"][at] = slots
-        views["page_tables"][at] = np.concatenate([part.page_tables for part in plan.shards])
-        views["repetition"][...] = views["top_p"][...] = 1
-        params = self._params[shard, slots]
-        for i, name in enumerate(_PARAMS):
-            views[name].view(np.int32)[at] = params[:, i]
-        decodes = at
-        if not plan.is_decode:
-            is_decode = row < np.array([len(part.slots) for part in plan.shards])[shard]
-            decodes = (shard[is_decode], row[is_decode])
+        tables = np.concatenate([part.page_tables for part in plan.shards])
+        views["page_tables"][..., : tables.shape[1]][at] = tables
+        params = views["params"].swapaxes(1, 2)  # [R, B, parameter]
+        params[...] = _PADDING
+        params[at] = self._params[at[0], slots]
+        decodes = at if plan.is_decode else first_rows([len(part.decoding) for part in plan.shards])
         views["budgets"][decodes] = np.concatenate([part.budgets for part in plan.shards])
         views["kv_lens"][decodes] = np.concatenate([part.positions for part in plan.shards]) + 1
         for r, part in enumerate(plan.shards):
-            for b, chunk in enumerate(part.chunks, start=len(part.slots)):
+            for b, chunk in enumerate(part.chunks, start=len(part.decoding)):
                 views["budgets"][r, b] = chunk.samples
                 views["kv_lens"][r, b] = chunk.start + chunk.num_tokens
 
 
-def _rows(plan: StepPlan) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shard, row and slot of all rows, shard by shard."""
-    counts = [part.num_rows for part in plan.shards]
-    shard = np.repeat(np.arange(len(counts)), counts)
-    row = np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
+def _slots(plan: StepPlan) -> np.ndarray:
+    """Of all rows, shard by shard."""
     parts = []
     for part in plan.shards:
         parts.append(part.slots)
         if part.chunks:
             parts.append(np.array([chunk.slot for chunk in part.chunks], np.int32))
-    return shard, row, np.concatenate(parts)
+    return np.concatenate(parts)
 
 
 def _fill_tokens(views: dict[str, np.ndarray], shard: ShardPlan, bucket: Bucket) -> None:
@@ -240,3 +235,7 @@ def _signed(word: int) -> int:
 def _bits(value: float) -> int:
     """A float32's, as an int32."""
     return int(np.float32(value).view(np.int32))
+
+
+_PADDING = np.array([_bits(float(name in ("top_p", "repetition"))) for name in _PARAMS], np.int32)
+"""The parameters of rows that nobody has."""

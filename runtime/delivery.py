@@ -2,15 +2,13 @@
 
 import itertools
 
-import numpy as np
-
 from ..errors import MillraceError
 from .completion import TokenEvent
 from .executor import StepResult
 from .handle import RequestHandle
 from .logprobs import Scores
-from .plan import Progress, StepPlan
-from .sequence import Sequence, Status
+from .plan import Chunk, Progress, StepPlan
+from .sequence import Sequence
 from .turn import Ending
 
 _NO_TOKEN = (
@@ -69,31 +67,52 @@ class Delivery:
                     self.fail(handle, error)
 
     def deliver(self, progress: Progress, result: StepResult) -> None:
-        """What one committed step brought one sequence."""
-        sequence = progress.sequence
+        """What one committed step brought."""
+        if not self._handles:  # another process has them
+            return
+        for r, (part, rows) in enumerate(zip(progress.plan.shards, progress.tokens, strict=True)):
+            for row, (sequence, tokens) in enumerate(zip(part.decoding, rows, strict=False)):
+                if tokens:
+                    self._deliver(sequence, tokens, (r, row), result)
+            first_token = len(part.decoding)
+            for row, chunk in enumerate(part.chunks, start=first_token):
+                if (new := rows[row]) is not None:
+                    self._deliver_chunk(chunk, (r, first_token), result)
+                    if new:
+                        self._deliver(chunk.sequence, new, (r, row), result)
+                first_token += chunk.num_tokens
+
+    def _deliver(self, sequence: Sequence, tokens: tuple[int, ...], at: tuple[int, int], result: StepResult) -> None:
+        """Tokens that stand in the step's outputs at a shard and row."""
         handle = self._handles.get(sequence.arrival)
         if handle is None:  # cancelled while the step was in flight
             return
-        params = sequence.request.params
-        if progress.chunk is not None and params.prompt_logprobs is not None and sequence.index == 0:
-            _deliver_prompt(progress, handle, result)
-        if sequence.status is Status.FINISHED and sequence.finish_reason == "abort":
+        if sequence.finish_reason == "abort":
             self.fail(handle, MillraceError(_NO_TOKEN))
             return
-        scores = _rows(result.scores(), progress) if params.logprobs is not None and progress.tokens else None
-        handle.num_cached_tokens = sequence.num_cached_tokens
-        handle.num_preemptions = sequence.num_preemptions
-        if not progress.tokens:
-            return
+        scores = _rows(result.scores(), len(tokens), at) if handle.wants_scores else None
         try:
-            stop = handle.push(_event(sequence, progress.tokens, scores))
+            stop = handle.push(_event(sequence, tokens, scores))
         except Exception as error:  # its text cannot be made: no business of its neighbours
             self.fail(handle, error)
             return
         if stop is not None:
             self._ended.append(Ending(arrival=sequence.arrival, reason="stop", stop_reason=stop))
-        if stop is not None or sequence.status is Status.FINISHED:
+        if stop is not None or sequence.finish_reason is not None:
             self._forget(sequence.arrival)
+
+    def _deliver_chunk(self, chunk: Chunk, at: tuple[int, int], result: StepResult) -> None:
+        """What is known once a part of its prompt was computed, whose tokens begin at a shard and token of the step."""
+        sequence = chunk.sequence
+        handle = self._handles.get(sequence.arrival)
+        if handle is None:
+            return
+        handle.num_cached_tokens, handle.num_preemptions = sequence.num_cached_tokens, sequence.num_preemptions
+        if sequence.request.params.prompt_logprobs is not None and sequence.index == 0:
+            targets = sequence.request.prompt_token_ids[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
+            shard, first = at
+            scores = Scores(*(array[shard, first : first + len(targets)] for array in result.prompt_scores()))
+            handle.push_prompt_scores(chunk.start + 1, targets, scores)
 
     def _arrivals(self, handle: RequestHandle) -> list[tuple[int, int]]:
         """Of a request's sequences to which something is still to come."""
@@ -108,29 +127,19 @@ class Delivery:
             del self._numbers[handle]
 
 
-def _deliver_prompt(progress: Progress, handle: RequestHandle, result: StepResult) -> None:
-    chunk = progress.chunk
-    assert chunk is not None
-    prompt = progress.sequence.request.prompt_token_ids
-    targets = prompt[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
-    at = slice(progress.first_token, progress.first_token + len(targets))
-    scores = Scores(*(array[progress.shard, at] for array in result.prompt_scores()))
-    handle.push_prompt_scores(chunk.start + 1, targets, scores)
-
-
 def _event(sequence: Sequence, tokens: tuple[int, ...], scores: Scores | None) -> TokenEvent:
     return TokenEvent(
-        index=sequence.index,
-        tokens=tokens,
-        scores=scores,
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-        weights_version=sequence.weights_version,
-        first_weights_version=sequence.first_weights_version,
+        sequence.index,
+        tokens,
+        scores,
+        sequence.finish_reason,
+        sequence.stop_reason,
+        sequence.weights_version,
+        sequence.first_weights_version,
     )
 
 
-def _rows(scores: Scores, progress: Progress) -> Scores:
-    """The scores of one sequence's tokens, [len(tokens), ...]."""
-    steps = np.arange(len(progress.tokens))
-    return Scores(*(array[steps, progress.shard, progress.row] for array in scores))
+def _rows(scores: Scores, num_tokens: int, at: tuple[int, int]) -> Scores:
+    """The scores of one sequence's tokens, [num_tokens, ...]."""
+    shard, row = at
+    return Scores(*(array[:num_tokens, shard, row] for array in scores))

@@ -19,7 +19,7 @@ class RequestHandle:
     """What `Runtime.submit` returns. The step loop pushes events; whoever reads turns them into text.
 
     Only a request with stop strings is detokenized by the step loop, which must know where it ends. Two locks, so
-    that the loop never waits for a reader's detokenizing: `_changed` guards what the loop pushes, `_reading` what
+    that the loop never waits for a reader's detokenizing: `_lock` guards what the loop pushes, `_reading` what
     readers make of it.
     """
 
@@ -29,7 +29,11 @@ class RequestHandle:
         self.request = request
         self._tokenizer = tokenizer
         self._cancel = cancel
-        self._changed = threading.Condition()
+        self.wants_scores = request.params.logprobs is not None
+        self._finds_stop_strings = bool(request.params.stop)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._num_waiting = 0  # threads
         self._continuations = [Continuation(request, index, tokenizer) for index in range(request.params.n)]
         self._reading = threading.Lock()
         self._pieces: list[CompletionOutput] = []  # one for each event, in order
@@ -51,10 +55,10 @@ class RequestHandle:
     def push(self, event: TokenEvent) -> str | None:
         """Take a step's event; returns the stop string that ended the continuation, if one did."""
         stop = None
-        with self._changed:
+        with self._lock:
             item: TokenEvent | CompletionOutput = event
             finish_reason = event.finish_reason
-            if self.request.params.stop:
+            if self._finds_stop_strings:
                 piece = self._continuations[event.index].take(event)
                 if piece is None:
                     return None
@@ -62,13 +66,13 @@ class RequestHandle:
                 stop = piece.stop_reason if isinstance(piece.stop_reason, str) else None
             self._events.append(item)
             self._num_events += 1
-            now = time.monotonic()
-            if event.tokens and self._first_token_s is None:
-                self._first_token_s = now
+            if self._first_token_s is None and event.tokens:
+                self._first_token_s = time.monotonic()
             if finish_reason is not None:
                 self._num_unfinished -= 1
-                self._finished_s = now
-            self._notify()
+                self._finished_s = time.monotonic()
+            if self._num_waiting or self._listeners:
+                self._notify()
         return stop
 
     def push_prompt_scores(self, start: int, targets: tuple[int, ...], scores: Scores) -> None:
@@ -77,7 +81,7 @@ class RequestHandle:
 
     def fail(self, error: BaseException) -> None:
         """End the request with an error that every reader gets."""
-        with self._changed:
+        with self._lock:
             if self._num_unfinished and self._error is None:
                 self._error = error
                 self._notify()
@@ -92,7 +96,7 @@ class RequestHandle:
     @property
     def finished(self) -> bool:
         """Whether nothing more will come."""
-        with self._changed:
+        with self._lock:
             return self._is_over()
 
     def cancel(self) -> None:
@@ -106,8 +110,8 @@ class RequestHandle:
           TimeoutError: it was not within `timeout_s`; the request goes on.
           MillraceError: the request or the runtime failed.
         """
-        with self._changed:
-            if not self._changed.wait_for(self._is_over, timeout_s):
+        with self._lock:
+            if not self._wait_for(self._is_over, timeout_s):
                 raise TimeoutError(f"request {self.request.request_id} is not finished after {timeout_s} s")
             self._raise_error()
         self._read()
@@ -124,8 +128,8 @@ class RequestHandle:
         """
         num_read, is_over = 0, False
         while not is_over:
-            with self._changed:
-                self._changed.wait_for(functools.partial(self._has_more, num_read))
+            with self._lock:
+                self._wait_for(functools.partial(self._has_more, num_read))
             outputs, is_over = self._outputs_from(num_read)
             num_read += len(outputs)
             yield from outputs
@@ -139,7 +143,7 @@ class RequestHandle:
             with contextlib.suppress(RuntimeError):  # the reader's event loop is closed: no business of the step loop's
                 loop.call_soon_threadsafe(changed.set)
 
-        with self._changed:
+        with self._lock:
             self._listeners.append(listener)
         try:
             num_read, is_over = 0, False
@@ -152,9 +156,17 @@ class RequestHandle:
                 if not is_over:
                     await changed.wait()
         finally:
-            with self._changed:
+            with self._lock:
                 self._listeners.remove(listener)
         self._raise_error()
+
+    def _wait_for(self, holds: Callable[[], bool], timeout_s: float | None = None) -> bool:
+        """Until it holds, or the time is over; with the lock held."""
+        self._num_waiting += 1
+        try:
+            return self._changed.wait_for(holds, timeout_s)
+        finally:
+            self._num_waiting -= 1
 
     def _is_over(self) -> bool:
         return self._num_unfinished == 0 or self._error is not None

@@ -19,7 +19,7 @@ from .handle import RequestHandle
 from .plan import StepPlan
 from .sampling_params import OnWeightsUpdate
 from .scheduler import Scheduler
-from .sequence import Sequence, Status
+from .sequence import Sequence
 from .turn import Ending, Turn, plan_digest
 
 _DIGEST_EVERY = 16  # turns
@@ -290,8 +290,8 @@ class StepLoop:
         if self._in_flight is None:
             return
         plan, result = self._in_flight
-        for progress in self._scheduler.commit(plan, result.tokens()):
-            self._delivery.deliver(progress, result)
-            if progress.sequence.status is Status.FINISHED:
-                self._sequences.pop(progress.sequence.arrival, None)
+        progress = self._scheduler.commit(plan, result.tokens())
+        self._delivery.deliver(progress, result)
+        for sequence in progress.ended:
+            self._sequences.pop(sequence.arrival, None)
         self._in_flight = None

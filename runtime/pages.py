@@ -1,10 +1,9 @@
 """The pages of one data shard: reference-counted, found again by the content of full pages."""
 
+import array
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-
-import numpy as np
 
 _DIGEST_BYTES = 16
 
@@ -16,7 +15,7 @@ def root_digest(weights_version: int) -> bytes:
 
 def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """The identity of a full page: its own tokens and, through `parent`, all tokens before them."""
-    return hashlib.blake2b(parent + np.asarray(tokens, np.int32).tobytes(), digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(parent + array.array("i", tokens).tobytes(), digest_size=_DIGEST_BYTES).digest()
 
 
 class PagePool:
@@ -28,7 +27,7 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._owners = np.zeros(num_pages, np.int32)
+        self._owners = [0] * num_pages
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
         self._page_of: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
@@ -72,4 +71,4 @@ class PagePool:
 
     def num_owners(self, page: int) -> int:
         """How many sequences hold the page."""
-        return int(self._owners[page])
+        return self._owners[page]

@@ -1,6 +1,7 @@
 """What one step computes: numpy and host objects only, frozen once the scheduler has decided."""
 
 import dataclasses
+from collections.abc import Sequence as Items
 
 import numpy as np
 
@@ -26,13 +27,15 @@ class ShardPlan:
     slots: np.ndarray  # [decoding]
     positions: np.ndarray  # [decoding] of the token that is fed in: the one that the slot sampled last
     budgets: np.ndarray  # [decoding] tokens to sample in this step, at most StepPlan.num_steps
+    is_last: np.ndarray  # [decoding] whether its length ends it with this step
     chunks: tuple[Chunk, ...]
-    page_tables: np.ndarray  # [decoding + chunks, pages_per_slot]
+    page_tables: np.ndarray  # [decoding + chunks, pages of the longest sequence with a slot]
 
     @property
     def num_tokens(self) -> int:
         """Query tokens of one pass."""
-        return len(self.decoding) + sum(chunk.num_tokens for chunk in self.chunks)
+        num_tokens = len(self.decoding)
+        return num_tokens + sum(chunk.num_tokens for chunk in self.chunks) if self.chunks else num_tokens
 
     @property
     def num_rows(self) -> int:
@@ -59,13 +62,16 @@ class StepPlan:
         return max(shard.num_tokens for shard in self.shards)
 
 
-@dataclasses.dataclass(slots=True)  # not frozen: a thousand are made in every step, and freezing doubles the cost
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Progress:
-    """What one committed step brought a sequence: rows [first, first + len(tokens)) of the step's outputs."""
+    """What a committed step brought: one object for all rows, of which there may be a thousand."""
 
-    sequence: Sequence
-    tokens: tuple[int, ...]
-    shard: int
-    row: int
-    chunk: Chunk | None = None  # its prompt logprobs stand at these tokens of the step
-    first_token: int = 0  # of the chunk, among the shard's tokens
+    plan: StepPlan
+    tokens: tuple[list[tuple[int, ...] | None], ...]  # by shard and row, those that count; None: it had ended before
+    ended: tuple[Sequence, ...]  # because of these tokens
+
+
+def first_rows(counts: Items[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Shard and row of the first `counts[r]` rows of each shard r, shard by shard: an index of arrays [R, B, ...]."""
+    shard = np.repeat(np.arange(len(counts)), counts)
+    return shard, np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .plan import Chunk, Progress, ShardPlan, StepPlan
+from .plan import Chunk, Progress, ShardPlan, StepPlan, first_rows
 from .request import FinishReason, Request
 from .sequence import Sequence, Status
 from .shard import Shard, SlotArrays
 
-_FINISHED, _RUNNING = Status.FINISHED, Status.RUNNING  # looked up for every row of a step
+_FINISHED = Status.FINISHED  # looked up for every row of a step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,10 +117,18 @@ class Scheduler:
         return [shard for shard, num_pages in zip(self.shards, wanted, strict=True) if num_pages > shard.pool.num_free]
 
     def _extend(self, missing: np.ndarray) -> None:
-        for r, slot in np.argwhere(missing).tolist():
-            sequence = self.shards[r].sequences[slot]
-            assert sequence is not None
-            self.shards[r].extend(sequence, int(missing[r, slot]))
+        """Give decoding sequences the pages that they miss, which must be free."""
+        at = np.nonzero(missing)
+        if not len(at[0]):
+            return
+        counts = missing[at]
+        pages: list[int] = []
+        for r, slot, count in zip(at[0].tolist(), at[1].tolist(), counts.tolist(), strict=True):
+            shard = self.shards[r]
+            taken = [shard.pool.take() for _ in range(count)]
+            shard.sequences[slot].pages += taken
+            pages += taken
+        self._slots.append_pages(at, counts, pages)
 
     def _preempt(self, shard: Shard, sequence: Sequence) -> None:
         """Back to waiting; its tokens are computed again when there is room."""
@@ -178,23 +186,28 @@ class Scheduler:
         at = np.nonzero(arrays.is_decoding)
         ends = np.count_nonzero(arrays.is_decoding, axis=1).cumsum().tolist()
         slots, numbers = at[1].astype(np.int32), at[1].tolist()
-        positions, tables = arrays.positions[at], arrays.page_tables[at]  # copies, as all arrays indexed by arrays
-        budgets = np.minimum(num_steps, arrays.remaining[at])
-        arrays.positions[at] += budgets
-        arrays.remaining[at] -= budgets
-        arrays.is_decoding[at] = arrays.remaining[at] > 0
+        width = int(arrays.num_pages.max())
+        positions, tables = arrays.positions[at], arrays.page_tables[:, :, :width][at]  # copies, as at holds arrays
+        remaining = arrays.remaining[at]
+        budgets = np.minimum(num_steps, remaining)
+        remaining -= budgets
+        is_last = remaining == 0
+        arrays.positions[at] = positions + budgets
+        arrays.remaining[at] = remaining
+        arrays.is_decoding[at] = ~is_last
         plans = []
         for shard, start, end in zip(self.shards, [0, *ends], ends, strict=False):
             chunks = self._plan_chunks(shard, self.config.max_step_tokens - (end - start)) if shard.prefilling else ()
             page_tables = tables[start:end]
             if chunks:
-                page_tables = np.concatenate([page_tables, shard.page_tables[[chunk.slot for chunk in chunks]]])
+                page_tables = np.concatenate([page_tables, shard.page_tables[[c.slot for c in chunks], :width]])
             plans.append(
                 ShardPlan(
-                    decoding=tuple(map(shard.sequences.__getitem__, numbers[start:end])),  # type: ignore[arg-type]
+                    decoding=tuple([shard.sequences[slot] for slot in numbers[start:end]]),  # type: ignore[misc]
                     slots=slots[start:end],
                     positions=positions[start:end],
                     budgets=budgets[start:end],
+                    is_last=is_last[start:end],
                     chunks=chunks,
                     page_tables=page_tables,
                 )
@@ -224,65 +237,72 @@ class Scheduler:
                 shard.start_decoding(sequence)
         return tuple(chunks)
 
-    def commit(self, plan: StepPlan, tokens: np.ndarray) -> list[Progress]:
-        """Take a step's sampled tokens [num_steps, R, B]; sequences that end give back their slot and pages."""
-        progress: list[Progress] = []
-        columns = tokens.transpose(1, 2, 0).tolist()
-        may_end = ((tokens < 0) | np.isin(tokens, list(self._stop_ids))).any(axis=0).tolist()
-        for r, (shard_plan, rows) in enumerate(zip(plan.shards, columns, strict=True)):
-            budgets = shard_plan.budgets.tolist()
-            self._commit_decodes(shard_plan.decoding, rows, budgets, may_end[r], r, progress)
-            first_token = len(budgets)
-            for row, chunk in enumerate(shard_plan.chunks, start=len(budgets)):
-                if chunk.sequence.status is not _FINISHED:
-                    new = self._append(chunk.sequence, rows[row][:1] if chunk.samples else [], chunk)
-                    progress.append(Progress(chunk.sequence, new, r, row, chunk, first_token))
-                first_token += chunk.num_tokens
-        return progress
+    def commit(self, plan: StepPlan, tokens: np.ndarray) -> Progress:
+        """Take a step's sampled tokens [>= num_steps, R, B]; sequences that end give back their slot and pages."""
+        tokens = tokens[: plan.num_steps]  # a program has room for the most steps that there may be
+        ended: list[Sequence] = []
+        by_shard = []
+        is_eventful, start = self._find_eventful(plan, tokens).tolist(), 0
+        for r, part in enumerate(plan.shards):
+            sampled: list[tuple[int, ...]] = list(zip(*tokens[:, r].tolist(), strict=True))
+            end = start + len(part.decoding)
+            rows = self._commit_decodes(part, sampled, is_eventful[start:end], ended)
+            for chunk, new in zip(part.chunks, sampled[end - start :], strict=False):
+                rows.append(self._append(chunk.sequence, new[:1] if chunk.samples else (), chunk, ended))
+            by_shard.append(rows)
+            start = end
+        return Progress(plan=plan, tokens=tuple(by_shard), ended=tuple(ended))
+
+    def _find_eventful(self, plan: StepPlan, tokens: np.ndarray) -> np.ndarray:
+        """Whether each decoding row of all shards may do more than take its tokens: end, or fill a page."""
+        at = first_rows([len(part.decoding) for part in plan.shards])
+        may_end = ((tokens < 0) | np.isin(tokens, list(self._stop_ids))).any(axis=0)[at]
+        before = np.concatenate([part.positions for part in plan.shards])
+        after = before + np.concatenate([part.budgets for part in plan.shards])
+        fills_page = after // self.config.page_size > before // self.config.page_size
+        return np.asarray(may_end | fills_page | np.concatenate([part.is_last for part in plan.shards]))
 
     def _commit_decodes(
-        self, decoding: tuple[Sequence, ...], rows: list[list[int]], budgets: list[int], may_end: list[bool], r: int,
-        progress: list[Progress],
-    ) -> None:  # fmt: skip
+        self, part: ShardPlan, sampled: list[tuple[int, ...]], is_eventful: list[bool], ended: list[Sequence]
+    ) -> list[tuple[int, ...] | None]:
         """Append a shard's decoded tokens; for nearly every row nothing else happens, so that way is short."""
-        page_size, version = self.config.page_size, self.weights_version
-        for row, sequence in enumerate(decoding):
-            if sequence.status is _FINISHED:
-                continue
-            new = rows[row][: budgets[row]]
-            num_tokens = len(sequence.tokens) + len(new)
-            fills_no_page = num_tokens <= (sequence.num_findable_pages + 1) * page_size
-            if fills_no_page and num_tokens < sequence.max_len and new and not may_end[row]:
+        version, rows = self.weights_version, []
+        for row, (sequence, new, eventful) in enumerate(zip(part.decoding, sampled, is_eventful, strict=False)):
+            if eventful or sequence.status is _FINISHED:
+                rows.append(self._append(sequence, new[: part.budgets[row]], None, ended))
+            else:
                 sequence.tokens += new
                 sequence.weights_version = version
-                progress.append(Progress(sequence, tuple(new), r, row))
-            else:
-                progress.append(Progress(sequence, self._append(sequence, new, None), r, row))
+                rows.append(new)
+        return rows
 
-    def _append(self, sequence: Sequence, new: list[int], chunk: Chunk | None) -> tuple[int, ...]:
-        """Append what counts of a step's tokens, up to the one that ends the sequence."""
+    def _append(
+        self, sequence: Sequence, new: tuple[int, ...], chunk: Chunk | None, ended: list[Sequence]
+    ) -> tuple[int, ...] | None:
+        """Append what counts of a step's tokens, up to the one that ends the sequence; None if it had ended before."""
+        if sequence.status is _FINISHED:
+            return None
         stop_ids = sequence.request.stop_ids
         ending = None  # the token that ends it
         for i, token in enumerate(new):
             if token < 0 or token in stop_ids:
                 new, ending = new[: i + 1], token
                 break
-        if ending is not None and ending < 0:  # sampling found no usable logits
-            self.finish(sequence, "abort")
-            return tuple(new)
-        sequence.tokens += new
-        num_tokens = len(sequence.tokens)
+        if ending is None or ending >= 0:  # else sampling found no usable logits
+            sequence.tokens += new
+            if sequence.status is Status.RUNNING:  # else it was preempted since, and has no pages
+                num_written = chunk.start + chunk.num_tokens if chunk else len(sequence.tokens) - 1
+                self.shards[sequence.shard].remember_pages(sequence, num_written)
         if new:
             sequence.weights_version = self.weights_version
-        if sequence.status is _RUNNING:  # else it was preempted since, and has no pages
-            num_written = num_tokens - 1 if new else chunk.start + chunk.num_tokens if chunk else 0
-            if (sequence.num_findable_pages + 1) * self._slots.page_size <= num_written:
-                self.shards[sequence.shard].remember_pages(sequence, num_written)
         if ending is not None:
-            self.finish(sequence, "stop", None if ending in sequence.request.eos_ids else ending)
-        elif num_tokens >= sequence.max_len:
+            by_model = ending in sequence.request.eos_ids
+            self.finish(sequence, "abort" if ending < 0 else "stop", None if ending < 0 or by_model else ending)
+        elif len(sequence.tokens) >= sequence.max_len:
             self.finish(sequence, "length")
-        return tuple(new)
+        if sequence.status is _FINISHED:
+            ended.append(sequence)
+        return new
 
     def sequences(self) -> Iterable[Sequence]:
         """All that have not ended, running ones first."""

@@ -23,6 +23,14 @@ class SlotArrays:
         last = self.positions + np.minimum(num_steps, self.remaining) - 1
         return np.asarray(np.maximum(last // self.page_size + 1 - self.num_pages, 0) * self.is_decoding)
 
+    def append_pages(self, at: tuple[np.ndarray, np.ndarray], counts: np.ndarray, pages: list[int]) -> None:
+        """Enter the next pages of the slots `at` (shards, slots) into their tables; `counts` of them each, in order."""
+        entry = np.repeat(np.arange(len(counts)), counts)
+        offset = np.arange(len(entry)) - np.repeat(np.cumsum(counts) - counts, counts)
+        shards, slots = at
+        self.page_tables[shards[entry], slots[entry], self.num_pages[at][entry] + offset] = pages
+        self.num_pages[at] += counts
+
 
 class Shard:
     """One data shard; its per-slot numbers are rows of the arrays of all."""
@@ -39,14 +47,6 @@ class Shard:
         self.remaining, self.num_pages = slots.remaining[index], slots.num_pages[index]
         self.page_tables = slots.page_tables[index]
 
-    def extend(self, sequence: Sequence, num_pages: int) -> None:
-        """Give a running sequence more pages, which must be free."""
-        for _ in range(num_pages):
-            page = self.pool.take()
-            self.page_tables[sequence.slot, len(sequence.pages)] = page
-            sequence.pages.append(page)
-        self.num_pages[sequence.slot] = len(sequence.pages)
-
     def try_admit(self, sequence: Sequence, find_pages: bool) -> bool:
         """Give a waiting sequence a slot and pages for all tokens that it knows; False if they are not to be had."""
         if not self.free_slots:
@@ -58,12 +58,12 @@ class Shard:
             return False
         slot = self.free_slots.pop()
         sequence.shard, sequence.slot, sequence.status = self.index, slot, Status.RUNNING
-        sequence.pages = found
+        sequence.pages = found + [self.pool.take() for _ in range(num_new)]
         sequence.num_computed = len(found) * self.page_size
         sequence.num_findable_pages = len(found)
         self.sequences[slot] = sequence
-        self.page_tables[slot, : len(found)] = found
-        self.extend(sequence, num_new)
+        self.page_tables[slot, : len(sequence.pages)] = sequence.pages
+        self.num_pages[slot] = len(sequence.pages)
         self.prefilling.append(sequence)
         return True
 
@@ -101,4 +101,5 @@ class Shard:
         self.sequences[slot] = None
         self.free_slots.append(slot)
         self.pool.release(sequence.pages)
+        self.num_pages[slot] = 0
         sequence.pages, sequence.slot = [], -1

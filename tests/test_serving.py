@@ -19,12 +19,14 @@ from millrace import (
 )
 
 OpenTiny = Callable[..., Runtime]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1.0, seed=11, max_tokens=10, ignore_eos=True)
+FEW_PAGES = 14 * (2 * 3 * 4 * 8 * 8 * 4)  # key and value, layers, KV heads, page size, head dim, float32
 
 
 @pytest.fixture(scope="module")
-def runtime(open_tiny: OpenTiny) -> Iterator[Runtime]:
+def runtime(open_tiny: OpenTiny, quick_compilation: None) -> Iterator[Runtime]:
     with open_tiny() as opened:
         yield opened
 
@@ -62,7 +64,7 @@ def test_nothing_compiles_after_start(open_tiny: OpenTiny) -> None:
 
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
-        with open_tiny(num_slots=3, kv_cache_bytes=24 * 8 * 2 * 3 * 4 * 8 * 4) as runtime:
+        with open_tiny(kv_cache_bytes=FEW_PAGES) as runtime:
             assert events, "the listener must see the programs that are compiled at start"
             events.clear()
             mixed_workload(runtime)
@@ -94,8 +96,7 @@ def test_preempted_sequences_give_the_same_tokens(open_tiny: OpenTiny, runtime: 
     prompts = [[3 + i, 4, 5, 6 + i] * 5 for i in range(4)]
     params = GREEDY.replace(max_tokens=60)
     expected = [tokens(runtime, prompt, params) for prompt in prompts]
-    page_bytes = 2 * 3 * 4 * 8 * 8 * 4  # key and value, layers, KV heads, page size, head dim, float32
-    with open_tiny(kv_cache_bytes=14 * page_bytes) as small:
+    with open_tiny(kv_cache_bytes=FEW_PAGES) as small:
         outputs = small.generate(prompts, params, use_tqdm=False)
     assert [list(o.outputs[0].token_ids) for o in outputs] == expected
     assert sum(o.metrics.num_preemptions for o in outputs if o.metrics) > 0
@@ -108,13 +109,22 @@ def test_a_repeated_prompt_is_found_in_the_cache(runtime: Runtime) -> None:
     assert again.num_cached_tokens == 24 and again.outputs[0].token_ids == first.outputs[0].token_ids
 
 
-@pytest.mark.parametrize("checkpoint", ["llama_default", "llama_linear", "qwen3_moe_norm", "gpt_oss_plain"])
-def test_eight_devices_give_the_tokens_of_one(open_tiny: OpenTiny, checkpoint: str) -> None:
+@pytest.mark.parametrize(
+    ("checkpoint", "options"),
+    [
+        ("llama_default", {}),
+        ("llama_linear", {"kv_cache_dtype": "int8"}),
+        ("qwen3_moe_norm", {}),
+        ("gpt_oss_plain", {}),
+    ],
+)
+def test_eight_devices_give_the_tokens_of_one(open_tiny: OpenTiny, checkpoint: str, options: dict[str, Any]) -> None:
     prompts = [[3 + i] * (2 + 11 * i) for i in range(6)]
     params = [GREEDY, SEEDED] * 3
     outputs = []
     for mesh in ({}, {"data": 2, "tensor": 4}):
-        with open_tiny(checkpoint, mesh=tuple(mesh.items())) as runtime:
+        small = {"num_slots": 2, "max_step_tokens": 16, "mesh": mesh, **options}
+        with open_tiny(checkpoint, **small) as runtime:
             made = runtime.generate(prompts, params, use_tqdm=False)
             outputs.append([list(o.outputs[0].token_ids) for o in made])
     assert outputs[0] == outputs[1]
@@ -203,7 +213,7 @@ def test_a_handle_can_be_awaited_piece_by_piece(runtime: Runtime) -> None:
 
 
 def test_a_named_implementation_is_used_and_an_unknown_one_refused(open_tiny: OpenTiny, runtime: Runtime) -> None:
-    with open_tiny(kernels={"paged_attention": "reference"}) as forced:
+    with open_tiny(kernels={"paged_attention": "reference"}, num_slots=2) as forced:
         assert tokens(forced, [4, 5] * 9) == tokens(runtime, [4, 5] * 9)
     with pytest.raises(KernelError, match="hopper"):
         open_tiny(kernels={"paged_attention": "hopper"})

@@ -12,6 +12,7 @@ from millrace import MillraceError, Runtime, SamplingParams
 def main() -> int:
     given: dict[str, Any] = json.loads(sys.argv[1])
     jax.config.update("jax_num_cpu_devices", given["num_devices"])
+    jax.config.update("jax_disable_most_optimizations", True)  # much is compiled here, and little computed
     try:
         with Runtime.from_pretrained("embedded", **given["options"]) as runtime:
             if "diverges" in given and not runtime.takes_requests:

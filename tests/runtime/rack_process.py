@@ -44,6 +44,7 @@ def tokens_over(mesh: dict[str, int], store: Path) -> list[list[int]]:
 
 
 def main() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)  # much is compiled here, and little computed
     task = json.loads(sys.stdin.read())
     store = Path(task["folder"]) / "store"
     write_store(task["config"], store)

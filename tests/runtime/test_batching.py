@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from millrace import SamplingParams
-from millrace.runtime.batching import FROM_SLOT, Batcher, StepInputs, unpack
+from millrace.runtime.batching import _PARAMS, FROM_SLOT, Batcher, StepInputs, unpack
 from millrace.runtime.buckets import Bucket
 from millrace.runtime.plan import Chunk, ShardPlan, StepPlan
 from millrace.runtime.request import Request
@@ -52,6 +52,7 @@ def shard_plan(
         slots=np.array([s.slot for s in decoding], np.int32),
         positions=np.array(positions, np.int32),
         budgets=np.array(budgets, np.int32),
+        is_last=np.zeros(len(decoding), bool),
         chunks=chunks,
         page_tables=(10 * np.arange(num_rows)[:, None] + np.arange(PAGES_PER_SLOT)).astype(np.int32),
     )
@@ -238,5 +239,8 @@ def test_host_views_and_device_split_agree_on_every_field(batcher: Batcher) -> N
     packed = np.random.default_rng(0).integers(0, 2**30, (NUM_SHARDS, layout.width)).astype(np.int32)
     split = jax.tree.map(np.asarray, layout.split(packed))  # type: ignore[arg-type]
     for r in range(NUM_SHARDS):
-        for name, view in layout.views(packed[r]).items():
+        views = layout.views(packed[r])
+        views |= dict(zip(_PARAMS, views.pop("params"), strict=True))
+        assert views.keys() == split.keys()
+        for name, view in views.items():
             assert split[name][r].tobytes() == view.tobytes(), name

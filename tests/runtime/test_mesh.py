@@ -16,12 +16,14 @@ from millrace.runtime.checkpoint import open_checkpoint
 from millrace.runtime.store import open_store
 
 OpenTiny = Callable[..., Runtime]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[3 + i] * (2 + 5 * i) for i in range(6)]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
     SamplingParams(temperature=1.0, seed=11, max_tokens=6, ignore_eos=True),
 ] * 3
 UNEVEN = {"expert": 4, "tensor": 2}  # 6 experts in 8 places
+SMALL = {"max_step_tokens": 8, "num_slots": 2}  # two programs
 
 
 def tokens(runtime: Runtime) -> list[list[int]]:
@@ -68,12 +70,12 @@ def test_72_devices_of_one_expert_axis_give_the_tokens_of_one(fixture_checkpoint
 def test_experts_over_devices_give_the_tokens_of_one(
     open_tiny: OpenTiny, checkpoint: str, mesh: dict[str, int]
 ) -> None:
-    with open_tiny(checkpoint, max_step_tokens=8) as one, open_tiny(checkpoint, max_step_tokens=8, mesh=mesh) as many:
+    with open_tiny(checkpoint, **SMALL) as one, open_tiny(checkpoint, **SMALL, mesh=mesh) as many:
         assert tokens(many) == tokens(one)
 
 
 def test_weights_saved_from_expert_places_hold_every_expert_once(open_tiny: OpenTiny, tmp_path: Path) -> None:
-    with open_tiny("qwen3_moe_norm", max_step_tokens=8, mesh=UNEVEN) as runtime:
+    with open_tiny("qwen3_moe_norm", **SMALL, mesh=UNEVEN) as runtime:
         before = tokens(runtime)
         runtime.save_weights(tmp_path / "saved")
         assert isinstance(runtime.config.mesh, tuple)
@@ -82,13 +84,13 @@ def test_weights_saved_from_expert_places_hold_every_expert_once(open_tiny: Open
     store = open_store(tmp_path / "saved")
     path = "stages/0/0/moe/up/weight"
     assert store.arrays[path].shape[1] == 6
-    with open_tiny(tmp_path / "saved", max_step_tokens=8) as one:
+    with open_tiny(tmp_path / "saved", **SMALL) as one:
         assert tokens(one) == before
 
 
 def test_experts_given_as_arrays_reach_all_their_places(open_tiny: OpenTiny, tmp_path: Path) -> None:
     path = "stages/0/0/moe/up/weight"
-    with open_tiny("qwen3_moe_norm", max_step_tokens=8, mesh=UNEVEN) as runtime:
+    with open_tiny("qwen3_moe_norm", **SMALL, mesh=UNEVEN) as runtime:
         runtime.save_weights(tmp_path / "saved")
         store = open_store(tmp_path / "saved")
         values = store.read(path, tuple(slice(0, size) for size in store.arrays[path].shape)) * np.float32(2)
@@ -101,8 +103,8 @@ def test_experts_given_as_arrays_reach_all_their_places(open_tiny: OpenTiny, tmp
 
 
 def test_streamed_layers_fill_the_places_of_uneven_experts(open_tiny: OpenTiny) -> None:
-    with open_tiny("qwen3_moe_norm", max_step_tokens=8) as one:
+    with open_tiny("qwen3_moe_norm", **SMALL) as one:
         expected = tokens(one)
-    options = {"max_step_tokens": 8, "mesh": UNEVEN, "weights": "stream", "weights_memory": 1 << 17}
-    with open_tiny("qwen3_moe_norm", **options) as streamed:
+    options = {"mesh": UNEVEN, "weights": "stream", "weights_memory": 1 << 17}
+    with open_tiny("qwen3_moe_norm", **SMALL, **options) as streamed:
         assert tokens(streamed) == expected

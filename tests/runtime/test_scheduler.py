@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from millrace import SamplingParams
 from millrace.runtime.buckets import make_buckets, pick
-from millrace.runtime.plan import StepPlan
+from millrace.runtime.plan import Progress, StepPlan
 from millrace.runtime.request import Request
 from millrace.runtime.scheduler import Scheduler, SchedulerConfig
 from millrace.runtime.sequence import Sequence, Status
@@ -60,6 +60,7 @@ class Device:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.page_size = config.page_size
+        self.max_steps = config.max_decode_steps  # its outputs have room for them in every step
         self.cache: dict[tuple[int, int, int], tuple[int, int]] = {}
         self.last_token: dict[tuple[int, int], int] = {}
         self.weights_version = 0
@@ -67,7 +68,7 @@ class Device:
 
     def run(self, plan: StepPlan) -> np.ndarray:
         rows = max(shard.num_rows for shard in plan.shards)
-        tokens = np.full((plan.num_steps, len(plan.shards), rows), UNPLANNED)
+        tokens = np.full((self.max_steps, len(plan.shards), rows), UNPLANNED)
         for r, shard in enumerate(plan.shards):
             for row, sequence in enumerate(shard.decoding):
                 slot, table = (r, int(shard.slots[row])), shard.page_tables[row]
@@ -131,6 +132,18 @@ def check_pages(scheduler: Scheduler, plan: StepPlan) -> None:
         assert shard.pool.num_free == shard.pool.num_pages - len(set(held))
 
 
+def check_progress(progress: Progress, running: list[Sequence], known: list[int]) -> None:
+    """A commit says of each row what it brought, of whom nothing because it had ended, and who ended just now."""
+    brought = {}
+    for part, rows in zip(progress.plan.shards, progress.tokens, strict=True):
+        for sequence, new in zip([*part.decoding, *(c.sequence for c in part.chunks)], rows, strict=True):
+            assert (new is None) == (sequence not in running)
+            brought[sequence] = list(new or ())
+    for sequence, num_tokens in zip(running, known, strict=True):
+        assert sequence.tokens[num_tokens:] == brought.get(sequence, [])
+    assert set(progress.ended) == {sequence for sequence in running if sequence.status is Status.FINISHED}
+
+
 @dataclasses.dataclass
 class Play:
     """One run of the loop: arrivals and cancellations by step."""
@@ -178,10 +191,15 @@ class Play:
         raise AssertionError("the loop does not end")
 
     def commit(self, scheduler: Scheduler, sequences: list[Sequence], step: tuple[StepPlan, np.ndarray]) -> None:
-        for progress in scheduler.commit(*step):
-            number = sequences.index(progress.sequence)
-            if progress.sequence.num_generated >= self.stop_strings.get(number, VERY_MANY):
-                scheduler.finish(progress.sequence, "stop", "a string")
+        running = [sequence for sequence in sequences if sequence.status is not Status.FINISHED]
+        known = [len(sequence.tokens) for sequence in running]
+        progress = scheduler.commit(*step)
+        check_progress(progress, running, known)
+        for part, rows in zip(progress.plan.shards, progress.tokens, strict=True):
+            for sequence, new in zip([*part.decoding, *(c.sequence for c in part.chunks)], rows, strict=True):
+                number = sequences.index(sequence)
+                if new is not None and sequence.num_generated >= self.stop_strings.get(number, VERY_MANY):
+                    scheduler.finish(sequence, "stop", "a string")
 
 
 @st.composite
