@@ -1,6 +1,6 @@
 # Every target does its own set-up: .ci/venv finds a Python, makes .venv and installs what the target needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format parity bench bench-weights compile-rack rack-demo wheel clean
+.PHONY: help demo test test-kernels lint format parity bench bench-weights compile-rack compile-kernels rack-demo wheel clean
 export PYTHON
 
 BIN := .venv/bin
@@ -8,7 +8,7 @@ WORKERS ?= 2
 TESTS ?= tests
 # Where bench-weights finds the environment of llama.cpp, or makes it.
 PEERS ?= build/peers
-# Where compile-rack finds the environment with NVIDIA's compilers, or makes it (4.8 GB; no GPU is needed).
+# Where compile-rack and compile-kernels find NVIDIA's compilers, or install them (4.8 GB; no GPU is needed).
 CUDA ?= build/cuda
 RACK := llama2_70b_gb300_nvl72
 # The committed checkpoints have another seed, so that `make parity` never compares what the tests compare already.
@@ -17,12 +17,14 @@ SEED ?= $(shell date +%s)
 help:
 	@echo 'make demo    stream text from the embedded model'
 	@echo 'make test    run the tests (TESTS=tests/runtime WORKERS=0 narrow them)'
+	@echo 'make test-kernels  run the large set of kernel tests, in GPU interpret mode'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite the files'
 	@echo 'make parity  compare with transformers on fresh checkpoints (installs torch)'
 	@echo 'make bench   measure the numbers of the README again'
 	@echo 'make bench-weights  measure weights: loading, converting, streaming, beside llama.cpp (12 minutes)'
 	@echo 'make compile-rack  plan Llama-2-70B on 72 GB300s and compile its programs, without a GPU (installs 4.8 GB)'
+	@echo 'make compile-kernels  compile every GPU kernel at every tuned size, without a GPU (installs 4.8 GB)'
 	@echo 'make rack-demo  generate with 18 processes of 4 devices each on this machine'
 	@echo 'make wheel   build dist/*.whl and check what it holds'
 	@echo 'make clean   remove .venv and everything that was built'
@@ -36,6 +38,10 @@ demo:
 test:
 	@.ci/venv test
 	@$(BIN)/pytest $(TESTS) -q -n $(WORKERS) --dist loadfile
+
+test-kernels:
+	@.ci/venv test
+	@$(BIN)/pytest $(TESTS) -q -n $(WORKERS) --dist loadfile -m kernels
 
 lint: .types/millrace
 	@.ci/venv lint
@@ -71,12 +77,21 @@ bench-weights:
 		$(PEERS)/bin/python -m pip install -q --no-input 'llama-cpp-python>=0.3.36'; } || echo 'llama.cpp is left out'
 	@$(BIN)/python benchmarks/weights.py --peers=$(PEERS)
 
+define install_cuda
+$(CUDA)/bin/python -c 'import jax_cuda13_plugin, millrace' 2>/dev/null || { $(BIN)/python -m venv $(CUDA) && \
+	echo 'installing the cuda extra: 4.8 GB' >&2 && $(CUDA)/bin/python -m pip install -q --no-input -e '.[cuda]'; }
+endef
+
 compile-rack:
 	@.ci/venv runtime
-	@$(CUDA)/bin/python -c 'import jax_cuda13_plugin, millrace' 2>/dev/null || { $(BIN)/python -m venv $(CUDA) && \
-		echo 'installing the cuda extra: 4.8 GB' >&2 && $(CUDA)/bin/python -m pip install -q --no-input -e '.[cuda]'; }
+	@$(install_cuda)
 	@$(CUDA)/bin/millrace plan --config=$(RACK)
 	@$(CUDA)/bin/millrace compile --config=$(RACK) --out=build/artifacts/$(RACK)
+
+compile-kernels:
+	@.ci/venv runtime
+	@$(install_cuda)
+	@$(CUDA)/bin/python benchmarks/compile_kernels.py
 
 rack-demo:
 	@.ci/venv runtime

@@ -15,18 +15,36 @@ RESULTS = Path(__file__).parent / "results"
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], claims: Mapping[str, bool]) -> None:
     """Print `rows` under their keys and each claim with whether it holds, and write both with the machine's facts."""
+    show(name, rows, claims)
+    write(name, rows, claims)
+
+
+def report_gpu(name: str, rows: Sequence[Mapping[str, Any]], claims: Mapping[str, bool]) -> None:
+    """`report` where jax runs on a GPU; a try on a CPU is only shown."""
+    (show if sys.modules["jax"].default_backend() == "cpu" else report)(name, rows, claims)
+
+
+def write(name: str, rows: Sequence[Mapping[str, Any]], claims: Mapping[str, bool], device: str | None = None) -> None:
+    """What `report` writes; `device` is what was measured where another process did it."""
     machine = describe_machine()
-    print(f"{name} on {', '.join(machine.values())}\n")
-    texts = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
+    if device is not None:
+        machine["jax"] = f"jax {metadata.version('jax')} on {device}"
+    RESULTS.mkdir(exist_ok=True)
+    command = f"python benchmarks/{Path(sys.argv[0]).resolve().relative_to(RESULTS.parent)}"
+    record = {"command": command, "machine": machine, "rows": list(rows), "claims": dict(claims)}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def show(name: str, rows: Sequence[Mapping[str, Any]], claims: Mapping[str, bool]) -> None:
+    """Print them; rows may lack keys of the first."""
+    print(f"{name} on {', '.join(describe_machine().values())}\n")
+    texts = [list(rows[0]), *([_text(row.get(key, "-")) for key in rows[0]] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     for line in texts:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     print()
     for claim, holds in claims.items():
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
-    RESULTS.mkdir(exist_ok=True)
-    record = {"command": f"python benchmarks/{name}.py", "machine": machine, "rows": list(rows), "claims": dict(claims)}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def describe_machine() -> dict[str, str]:

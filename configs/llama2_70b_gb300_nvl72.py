@@ -4,8 +4,9 @@ from ..runtime.config import RuntimeConfig
 
 
 def get_config() -> RuntimeConfig:
-    """Weights are 138 GB in bfloat16, of the 297 GB of a GB300; a token of KV cache is 320 KiB: 88 GiB are
-    288,358. XLA plans with 80 % of a device's memory, so more would cost it its schedule.
+    """Weights are 39.5 GB in nvfp4 (embedding in bfloat16, head in fp8), of the 297 GB of a GB300; a token of KV cache
+    in fp8 is 160 KiB: 160 GiB are 1,048,576. XLA plans with 80 % of a device's memory, so more would cost it its
+    schedule.
 
     Other meshes for the same rack, shorter steps for fewer sequences at once: --mesh=data=36,tensor=2,
     --mesh=data=18,tensor=4 (a host is a replica), --mesh=data=9,tensor=8 (as many devices as KV heads).
@@ -13,11 +14,13 @@ def get_config() -> RuntimeConfig:
     return RuntimeConfig(
         model="meta-llama/Llama-2-70b-hf",
         dtype="bfloat16",
+        quantization="nvfp4",
         max_context_len=2048,
-        num_slots=512,
+        num_slots=2048,
         page_size=32,
-        max_step_tokens=2048,
-        kv_cache_bytes=88 * 2**30,
+        max_step_tokens=4096,
+        kv_cache_bytes=160 * 2**30,
+        kv_cache_dtype="float8_e4m3fn",
         mesh=(("data", 72),),
         target="gb300:1x18x4",
     )

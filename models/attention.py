@@ -1,10 +1,13 @@
 """The attention block: projections, q/k norm, rope, and the call to however queries meet keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ..pallas_kernels.paged_attention import KvCache
 from .config import AttentionSpec, ModelConfig
 from .linear import Linear
 from .norm import RMSNorm
@@ -18,10 +21,11 @@ class Attention(nnx.Module):
     def __init__(self, spec: AttentionSpec, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.spec = spec
         embed, heads, kv = config.embed_dim, spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        self.q = Linear((heads, embed), ("heads", "embed"), bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
-        self.k = Linear((kv, embed), ("kv_heads", "embed"), bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
-        self.v = Linear((kv, embed), ("kv_heads", "embed"), bias=spec.qkv_bias, dtype=dtype, rngs=rngs)
-        self.o = Linear((embed, heads), ("embed", "heads"), bias=spec.out_bias, dtype=dtype, rngs=rngs)
+        make, formats = functools.partial(Linear, dtype=dtype, rngs=rngs), dict(spec.formats)
+        self.q = make((heads, embed), ("heads", "embed"), bias=spec.qkv_bias, format=formats.get("q"))
+        self.k = make((kv, embed), ("kv_heads", "embed"), bias=spec.qkv_bias, format=formats.get("k"))
+        self.v = make((kv, embed), ("kv_heads", "embed"), bias=spec.qkv_bias, format=formats.get("v"))
+        self.o = make((embed, heads), ("embed", "heads"), bias=spec.out_bias, format=formats.get("o"))
         if spec.qk_norm == "head":
             self.q_norm = RMSNorm(spec.head_dim, config, axis="head_dim", dtype=dtype)
             self.k_norm = RMSNorm(spec.head_dim, config, axis="head_dim", dtype=dtype)
@@ -31,8 +35,8 @@ class Attention(nnx.Module):
         self.sinks = nnx.Param(jnp.zeros((spec.num_heads,), dtype), axes=("heads",)) if spec.sinks else None
 
     def __call__(
-        self, x: Float[Array, "R T D"], cache: Array | None, layer: jax.Array, step: Step
-    ) -> tuple[Float[Array, "R T D"], Array | None]:
+        self, x: Float[Array, "R T D"], cache: KvCache[Array] | None, layer: jax.Array, step: Step
+    ) -> tuple[Float[Array, "R T D"], KvCache[Array] | None]:
         spec = self.spec
         q, k, v = self.q(x, step), self.k(x, step), self.v(x, step)
         if spec.qk_norm == "full":

@@ -3,8 +3,13 @@
 import dataclasses
 from typing import Literal
 
+from ..pallas_kernels.quantized_matmul.contract import WeightFormat
+
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+# Formats of quantized projections by name: q, k, v and o of attention, gate, up and down of an MLP or of experts. A
+# projection that is not named is plain.
+type Formats = tuple[tuple[str, WeightFormat], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,7 @@ class AttentionSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     sinks: bool = False  # one learned logit per head joins the softmax and takes no value (gpt-oss)
+    formats: Formats = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class MlpSpec:
     mlp_dim: int  # F
     activation: Activation = "silu"
     bias: bool = False
+    formats: Formats = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,7 @@ class MoeSpec:
     bias: bool = False  # on the router and on every expert
     clamp_limit: float | None = None
     swiglu_alpha: float | None = None
+    formats: Formats = ()
     num_expert_parts: int = 1  # parts into which a mesh splits the experts; a checkpoint's config knows of one
 
     @property
@@ -121,6 +129,7 @@ class ModelConfig:
     embed_scale: float = 1.0
     tie_embeddings: bool = False
     final_soft_cap: float | None = None
+    head_format: WeightFormat | None = None  # of a head that is not tied to the embedding
     dtype: str = "bfloat16"  # as the checkpoint declares it
 
     @property

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ..pallas_kernels.paged_attention import KvCache
 from ..pallas_kernels.quantized_matmul import matmul
 from ..sharding.specs import ParamSpec, SpecTree
 from .attention import Attention
 from .config import LayerSpec, MlpSpec, ModelConfig, Stage
 from .embedding import Embedding
+from .linear import Projection
 from .mlp import Mlp
 from .moe import Moe
 from .norm import RMSNorm
@@ -43,8 +45,8 @@ class Layer(nnx.Module):
         self.spec = spec
 
     def __call__(
-        self, x: Float[Array, "R T D"], cache: Array | None, layer: jax.Array, step: Step
-    ) -> tuple[Float[Array, "R T D"], Array | None]:
+        self, x: Float[Array, "R T D"], cache: KvCache[Array] | None, layer: jax.Array, step: Step
+    ) -> tuple[Float[Array, "R T D"], KvCache[Array] | None]:
         before, after = self.spec.norms != "post", self.spec.norms != "pre"
         y, cache = self.attention(self.attention_norm(x) if before else x, cache, layer, step)
         x = x + (self.attention_post_norm(y) if after else y)
@@ -55,8 +57,8 @@ class Layer(nnx.Module):
 
 
 def run_period(
-    layers: Sequence[Layer], x: Float[Array, "R T D"], cache: Array | None, first_layer: jax.Array, step: Step
-) -> tuple[Float[Array, "R T D"], Array | None]:
+    layers: Sequence[Layer], x: Float[Array, "R T D"], cache: KvCache[Array] | None, first_layer: jax.Array, step: Step
+) -> tuple[Float[Array, "R T D"], KvCache[Array] | None]:
     """One period of layers, the first of which is the model's layer `first_layer`."""
     for offset, layer in enumerate(layers):
         x, cache = layer(x, cache, first_layer + offset, step)
@@ -82,7 +84,8 @@ class Decoder(nnx.Module):
         )
         self.final_norm = RMSNorm(config.embed_dim, config, dtype=dtype)
         if not config.tie_embeddings:
-            self.head = Embedding(config.vocab_size, config.embed_dim, dtype=dtype, rngs=rngs)
+            shape = (config.vocab_size, config.embed_dim)
+            self.head = Projection(shape, ("vocab", "embed"), format=config.head_format, dtype=dtype, rngs=rngs)
 
     def embed_tokens(self, tokens: Int[Array, "R T"], step: Step) -> Float[Array, "R T D"]:
         """The residual stream's start; ids out of range give an arbitrary finite row."""
@@ -92,8 +95,8 @@ class Decoder(nnx.Module):
         return step.placement.constrain(x, "shard", "tokens", "embed")
 
     def run_layers(
-        self, x: Float[Array, "R T D"], cache: Array | None, step: Step
-    ) -> tuple[Float[Array, "R T D"], Array | None]:
+        self, x: Float[Array, "R T D"], cache: KvCache[Array] | None, step: Step
+    ) -> tuple[Float[Array, "R T D"], KvCache[Array] | None]:
         """All layers: each stage scans its period. The cache is a carry, so that it is updated in place."""
         with jax.named_scope(LAYERS_SCOPE):
             for s, stage in enumerate(self.config.stages):
@@ -103,8 +106,11 @@ class Decoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*rows D"], step: Step) -> Float[Array, "*rows V"]:
         """The head: final norm, projection to the vocabulary in float32, soft cap."""
-        table = self.embed if self.config.tie_embeddings else self.head
-        logits = matmul(self.final_norm(x), table.weight[...], kernels=step.kernels, out_dtype=jnp.float32)
+        x = self.final_norm(x)
+        if self.config.tie_embeddings:
+            logits = matmul(x, self.embed.weight[...], kernels=step.kernels, out_dtype=jnp.float32)
+        else:
+            logits = self.head.project(x, step, jnp.float32)
         cap = self.config.final_soft_cap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
@@ -122,11 +128,11 @@ def _stack(spec: LayerSpec, num_layers: int, config: ModelConfig, dtype: jnp.dty
 
 
 def _scan_stage(
-    stage: Stage, stacked: Sequence[Layer], x: Float[Array, "R T D"], cache: Array | None, step: Step
-) -> tuple[Float[Array, "R T D"], Array | None]:
+    stage: Stage, stacked: Sequence[Layer], x: Float[Array, "R T D"], cache: KvCache[Array] | None, step: Step
+) -> tuple[Float[Array, "R T D"], KvCache[Array] | None]:
     graphs, states = zip(*(nnx.split(layer) for layer in stacked), strict=True)
 
-    def period(carry: tuple[Array, Array | None], xs: tuple[list[Params], Array]) -> Any:
+    def period(carry: tuple[Array, KvCache[Array] | None], xs: tuple[list[Params], Array]) -> Any:
         layers = [nnx.merge(graph, state) for graph, state in zip(graphs, xs[0], strict=True)]
         return run_period(layers, *carry, xs[1], step), None
 

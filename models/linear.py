@@ -1,14 +1,17 @@
-"""The linear layer, weights [out, in]."""
+"""The linear layer, weights [out, in], plain or quantized."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ..pallas_kernels.quantized_matmul import matmul
-from ..sharding.axes import LogicalAxis
+from ..pallas_kernels.quantized_matmul import QuantizedWeight, WeightFormat, matmul
+from ..sharding.axes import Axes, LogicalAxis
+from ..sharding.rules import RULES
 from .step import Step
 
 
@@ -17,16 +20,91 @@ def init_weight(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> Flo
     return jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[-1])
 
 
-class Linear(nnx.Module):
+class Projection(nnx.Module):
+    """The parameters of a weight [*lead, out, in]: `weight`, and beside a quantized one's values what they need.
+
+    A plain weight begins as noise; a quantized one, which is loaded and never trained, as zeros. `num_experts` is that
+    of the parameters' specs, where the first axis counts places.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], axes: Axes, *, dtype: jnp.dtype, rngs: nnx.Rngs,
+        format: WeightFormat | None = None, num_experts: int | None = None,
+    ) -> None:  # fmt: skip
+        self.format = format
+        if format is None:
+            self.weight = nnx.Param(init_weight(rngs, shape, dtype), axes=axes, num_experts=num_experts)
+            return
+        *lead, out_dim, in_dim = shape
+        group_axes = (*axes[:-1], None if format.group is None else axes[-1])
+        values = jnp.zeros((*lead, *format.values_shape(out_dim, in_dim)), format.values_dtype)
+        scales = jnp.ones((*lead, *format.scales_shape(out_dim, in_dim)), format.scales_dtype)
+        self.weight = nnx.Param(values, axes=axes, num_experts=num_experts)
+        self.scales = nnx.Param(scales, axes=group_axes, num_experts=num_experts)
+        if format.zeros:
+            self.zeros = nnx.Param(jnp.zeros(scales.shape, jnp.uint8), axes=group_axes, num_experts=num_experts)
+        if format.global_scale:
+            self.global_scale = nnx.Param(jnp.ones(lead, jnp.float32), axes=axes[:-2], num_experts=num_experts)
+
+    @property
+    def value(self) -> Array | QuantizedWeight:
+        """The weight, as the matmuls take it."""
+        weight: Array | QuantizedWeight = self._weight(lambda param: param[...])
+        return weight
+
+    @property
+    def value_axes(self) -> Any:
+        """The Axes of `value`, in a tree of its form."""
+        return self._weight(lambda param: param.get_metadata("axes"))
+
+    def _weight(self, of: Any) -> Any:
+        format = self.format
+        if format is None:
+            return of(self.weight)
+        return QuantizedWeight(
+            values=of(self.weight),
+            scales=of(self.scales),
+            zeros=of(self.zeros) if format.zeros else None,
+            global_scale=of(self.global_scale) if format.global_scale else None,
+            format=format,
+        )
+
+    def project(
+        self, x: Float[Array, "*rows in"], step: Step, out_dtype: DTypeLike | None = None
+    ) -> Float[Array, "*rows out"]:
+        """x [R, T, in], or [T, in] under a vmap over shards, times a weight without leading axes.
+
+        A quantized weight is met shard by shard, for kernels would gather it; where `in` is split, the parts are
+        summed over tensor.
+        """
+        if self.format is None:
+            return matmul(x, self.value, kernels=step.kernels, out_dtype=out_dtype)
+        out_axis, in_axis = self.weight.get_metadata("axes")
+        rows: Axes = ("shard", "tokens") if x.ndim == 3 else (None,) * (x.ndim - 1)
+        is_split = step.placement.num_parts(in_axis) > 1
+
+        def local(x: Array, weight: QuantizedWeight) -> Array:
+            if not is_split:
+                return matmul(x, weight, kernels=step.kernels, out_dtype=out_dtype)
+            part = matmul(x, weight, kernels=step.kernels, out_dtype=jnp.float32)
+            whole: Array = jax.lax.psum(part, RULES[in_axis])
+            return whole.astype(out_dtype or x.dtype)
+
+        run = step.placement.map_shards(local, [(*rows, in_axis), self.value_axes], (*rows, out_axis))
+        y: Array = run(x, self.value)
+        return y
+
+
+class Linear(Projection):
     """x @ weight.T + bias; `axes` names (out, in)."""
 
     def __init__(
         self, shape: tuple[int, int], axes: tuple[LogicalAxis | None, LogicalAxis], *, bias: bool, dtype: jnp.dtype,
-        rngs: nnx.Rngs,
+        rngs: nnx.Rngs, format: WeightFormat | None = None,
     ) -> None:  # fmt: skip
-        self.weight = nnx.Param(init_weight(rngs, shape, dtype), axes=axes)
+        super().__init__(shape, axes, dtype=dtype, rngs=rngs, format=format)
         self.bias = nnx.Param(jnp.zeros(shape[:1], dtype), axes=axes[:1]) if bias else None
 
     def __call__(self, x: Float[Array, "*rows in"], step: Step) -> Float[Array, "*rows out"]:
-        y = matmul(x, self.weight[...], kernels=step.kernels)
+        y = self.project(x, step)
         return y if self.bias is None else y + self.bias[...]

@@ -1,5 +1,6 @@
 """The gated MLP."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -23,10 +24,11 @@ class Mlp(nnx.Module):
 
     def __init__(self, spec: MlpSpec, embed_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         self.spec = spec
-        inner = (spec.mlp_dim, embed_dim)
-        self.gate = Linear(inner, ("mlp", "embed"), bias=spec.bias, dtype=dtype, rngs=rngs)
-        self.up = Linear(inner, ("mlp", "embed"), bias=spec.bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(inner[::-1], ("embed", "mlp"), bias=spec.bias, dtype=dtype, rngs=rngs)
+        inner, formats = (spec.mlp_dim, embed_dim), dict(spec.formats)
+        make = functools.partial(Linear, bias=spec.bias, dtype=dtype, rngs=rngs)
+        self.gate = make(inner, ("mlp", "embed"), format=formats.get("gate"))
+        self.up = make(inner, ("mlp", "embed"), format=formats.get("up"))
+        self.down = make(inner[::-1], ("embed", "mlp"), format=formats.get("down"))
 
     def __call__(self, x: Float[Array, "R T D"], step: Step) -> Float[Array, "R T D"]:
         inner = ACTIVATIONS[self.spec.activation](self.gate(x, step)) * self.up(x, step)

@@ -1,25 +1,29 @@
 """Mixture of experts: dropless, each token through its own few gated MLPs."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
-from ..pallas_kernels.grouped_matmul import grouped_matmul
+from ..pallas_kernels.grouped_matmul import Weight, grouped_matmul
 from ..pallas_kernels.row_exchange import exchange_rows, segment_rows, starts_of
 from ..sharding.axes import Axes
 from .config import MoeSpec
-from .linear import Linear, init_weight
+from .linear import Linear, Projection
 from .mlp import ACTIVATIONS
 from .step import Step
 
 
-class Experts(nnx.Module):
+class Experts(Projection):
     """One projection of every expert, weights [places, out, in]."""
 
-    def __init__(self, spec: MoeSpec, shape: tuple[int, int], axes: Axes, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
-        full = (spec.num_places, *shape)
-        self.weight = nnx.Param(init_weight(rngs, full, dtype), axes=axes, num_experts=spec.num_experts)
+    def __init__(
+        self, spec: MoeSpec, name: str, shape: tuple[int, int], axes: Axes, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ) -> None:
+        full, format = (spec.num_places, *shape), dict(spec.formats).get(name)
+        super().__init__(full, axes, dtype=dtype, rngs=rngs, format=format, num_experts=spec.num_experts)
         bias = jnp.zeros(full[:2], dtype)
         self.bias = nnx.Param(bias, axes=axes[:2], num_experts=spec.num_experts) if spec.bias else None
 
@@ -37,22 +41,23 @@ class Moe(nnx.Module):
         # Every device routes all tokens of its data shard: the router is small, so it is not sharded.
         router = (spec.num_experts, embed_dim)
         self.router = Linear(router, (None, "embed"), bias=spec.bias, dtype=dtype, rngs=rngs)
-        self.gate = Experts(spec, inner, ("experts", "mlp", "embed"), dtype=dtype, rngs=rngs)
-        self.up = Experts(spec, inner, ("experts", "mlp", "embed"), dtype=dtype, rngs=rngs)
-        self.down = Experts(spec, outer, ("experts", "embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.gate = Experts(spec, "gate", inner, ("experts", "mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.up = Experts(spec, "up", inner, ("experts", "mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.down = Experts(spec, "down", outer, ("experts", "embed", "mlp"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "R T D"], step: Step) -> Float[Array, "R T D"]:
         tokens: Axes = ("shard", "tokens", None)
         projections = (self.gate, self.up, self.down)
-        params = [p.weight for p in projections] + [p.bias for p in projections if p.bias is not None]
+        biases = [p.bias for p in projections if p.bias is not None]
 
-        def local(x: Array, logits: Array, *arrays: Array) -> Array:
-            y = self.run_shard(x[0], *self.route(logits[0]), arrays, step)
+        def local(x: Array, logits: Array, *weights: Any) -> Array:
+            y = self.run_shard(x[0], *self.route(logits[0]), weights, step)
             return (jax.lax.psum(y, "tensor") if step.placement.size("tensor") > 1 else y)[None]
 
-        axes: list[Axes] = [p.get_metadata("axes") for p in params]
+        axes = [*(p.value_axes for p in projections), *(bias.get_metadata("axes") for bias in biases)]
         run = step.placement.map_shards(local, [tokens, tokens, *axes], tokens)
-        y: Array = run(x, self.router(x, step), *(p[...] for p in params))
+        values = [*(p.value for p in projections), *(bias[...] for bias in biases)]
+        y: Array = run(x, self.router(x, step), *values)
         return y
 
     def route(self, logits: Float[Array, "T E"]) -> tuple[Float[Array, "T k"], Int[Array, "T k"]]:
@@ -68,7 +73,7 @@ class Moe(nnx.Module):
 
     def run_shard(
         self, x: Float[Array, "T D"], weights: Float[Array, "T k"], experts: Int[Array, "T k"],
-        arrays: tuple[Array, ...], step: Step,
+        arrays: tuple[Any, ...], step: Step,
     ) -> Float[Array, "T D"]:  # fmt: skip
         """This device's tokens through their experts; on a sharded mlp axis its part of the sum."""
         num_picks, num_places = weights.shape[1], self.spec.num_places
@@ -91,7 +96,7 @@ class Moe(nnx.Module):
         return experts + num_experts * (turn % num_replicas)
 
     def run_elsewhere(
-        self, rows: Float[Array, "M D"], sizes: Int32[Array, " places"], arrays: tuple[Array, ...], step: Step
+        self, rows: Float[Array, "M D"], sizes: Int32[Array, " places"], arrays: tuple[Any, ...], step: Step
     ) -> Float[Array, "M D"]:
         """`run_places` on the devices that have the places; rows are in the order of places."""
         num_parts = self.spec.num_expert_parts
@@ -114,14 +119,14 @@ class Moe(nnx.Module):
         return exchange(by_sender, sent.T, rows.shape[0])
 
     def run_places(
-        self, rows: Float[Array, "M D"], sizes: Int32[Array, " local"], arrays: tuple[Array, ...], step: Step
+        self, rows: Float[Array, "M D"], sizes: Int32[Array, " local"], arrays: tuple[Any, ...], step: Step
     ) -> Float[Array, "M D"]:
         """Rows in the order of this device's places, each through the expert of its place."""
         gate, up, down, *biases = arrays
         row = jnp.arange(rows.shape[0], dtype=jnp.int32)
         place = jnp.minimum(jnp.searchsorted(jnp.cumsum(sizes), row, side="right"), sizes.shape[0] - 1)
 
-        def project(rows: Array, weight: Array, bias: Array | None) -> Array:
+        def project(rows: Array, weight: Weight, bias: Array | None) -> Array:
             y = grouped_matmul(rows, weight, sizes, kernels=step.kernels)
             return y if bias is None else y + bias[place]
 

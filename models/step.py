@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels.dispatch import KernelChoices
+from ..pallas_kernels.paged_attention import KvCache
 from ..sharding.rules import Placement
 from .config import AttentionSpec, ModelConfig, RopeSpec
 from .rope import RopeTable, table
@@ -17,9 +18,9 @@ class Attend(Protocol):
     """How queries meet keys: over the paged cache when serving, over the sequence itself when training."""
 
     def __call__(
-        self, q: Float[Array, "R T N H"], k: Float[Array, "R T K H"], v: Float[Array, "R T K H"], cache: Array | None,
-        layer: jax.Array, spec: AttentionSpec, sinks: Float[Array, " N"] | None,
-    ) -> tuple[Float[Array, "R T N H"], Array | None]:  # fmt: skip
+        self, q: Float[Array, "R T N H"], k: Float[Array, "R T K H"], v: Float[Array, "R T K H"],
+        cache: KvCache[Array] | None, layer: jax.Array, spec: AttentionSpec, sinks: Float[Array, " N"] | None,
+    ) -> tuple[Float[Array, "R T N H"], KvCache[Array] | None]:  # fmt: skip
         """The attended values, and the cache that holds this step's keys and values too."""
         ...
 

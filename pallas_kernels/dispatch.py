@@ -1,6 +1,7 @@
 """How an operation finds the implementation that serves a problem: an ordered table, reasons, no silent fallback."""
 
 import dataclasses
+import functools
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ class Implementation[Problem]:
     name: str
     fn: Callable[..., Any]
     unsupported: Callable[[Problem], str | None]
+    is_tuned: bool = False  # fn also takes `device_kind`, for the sizes that were tuned for it
 
 
 def anywhere(problem: object) -> None:
@@ -49,14 +51,17 @@ def choose[Problem](
 
 
 class KernelChoices:
-    """One runtime's choices of implementations: the platform it computes on, and the names that were asked for.
+    """One runtime's choices of implementations: the chip it computes on, and the names that were asked for.
 
     Operations ask it while a program is traced, so nothing is chosen at run time. It remembers what it chose, so that
     each choice is logged once in a runtime and can be shown (`made`).
     """
 
-    def __init__(self, platform: Platform, named: Mapping[str, str] | None = None) -> None:
-        """`named` maps an operation to the one implementation to use; raises KernelError for unknown words."""
+    def __init__(self, platform: Platform, named: Mapping[str, str] | None = None, *, device_kind: str = "") -> None:
+        """`named` maps an operation to the one implementation to use; raises KernelError for unknown words.
+
+        `device_kind` is what jax calls the devices, as in "NVIDIA H200"; "" serves no kernel that is made for a chip.
+        """
         named = dict(named or {})
         if platform not in get_args(Platform):
             raise KernelError(f"expected a platform among {get_args(Platform)}, got {platform!r}")
@@ -64,6 +69,7 @@ class KernelChoices:
             if operation not in get_args(Operation):
                 raise KernelError(f"there is no operation {operation!r}; expected one of {get_args(Operation)}")
         self.platform: Platform = platform
+        self.device_kind = device_kind
         self._named = named
         self._made: dict[tuple[Operation, str], None] = {}
         self._lock = threading.Lock()  # programs may be traced in several threads
@@ -77,7 +83,10 @@ class KernelChoices:
     def choose[Problem](
         self, operation: Operation, table: Sequence[Implementation[Problem]], problem: Problem
     ) -> Implementation[Problem]:
-        """As the function `choose`, with this runtime's names; logs a new choice and why none above it was taken."""
+        """As the function `choose`, with this runtime's names; logs a new choice and why none above it was taken.
+
+        The `fn` of one that is tuned has its `device_kind`.
+        """
         entry = choose(operation, table, problem, self._named.get(operation))
         with self._lock:
             is_new = (operation, entry.name) not in self._made
@@ -86,4 +95,6 @@ class KernelChoices:
             passed_over = [other for other in table[: table.index(entry)] if operation not in self._named]
             reasons = "; ".join(f"not {other.name}: {other.unsupported(problem)}" for other in passed_over)
             _logger.info("%s on %s: %s%s", operation, self.platform, entry.name, reasons and f" ({reasons})")
-        return entry
+        if not entry.is_tuned:
+            return entry
+        return dataclasses.replace(entry, fn=functools.partial(entry.fn, device_kind=self.device_kind))

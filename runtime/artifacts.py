@@ -37,8 +37,8 @@ _PACKAGE = Path(__file__).parent.parent
 _ROOMS = ("pallas_kernels", "sharding", "models", "runtime")  # whose source programs are made of
 # What shapes the programs, of RuntimeConfig; an artifact decides those that are left open (None).
 _OPTIONS = (
-    "dtype", "max_context_len", "num_slots", "page_size", "max_step_tokens", "kv_cache_bytes", "kv_cache_dtype", "mesh",
-    "max_decode_steps", "weights", "kernels",
+    "dtype", "quantization", "max_context_len", "num_slots", "page_size", "max_step_tokens", "kv_cache_bytes",
+    "kv_cache_dtype", "mesh", "max_decode_steps", "weights", "kernels",
 )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..models.decoder import Params
+from ..models.quantization import without_formats
 from ..sharding.mesh import make_mesh
 from . import host_memory
 from .artifacts import load_programs, with_options_of
@@ -23,6 +24,7 @@ from .group import Group
 from .model_source import ModelSource, open_model
 from .param_tree import flatten
 from .programs import Programs, compile_programs
+from .quantizing import load_quantized
 from .request import RequestLimits
 from .scheduler import Scheduler
 from .sizes import check_host_memory, device_memory
@@ -60,7 +62,7 @@ def assemble(config: RuntimeConfig) -> Engine:
 
 
 def _assemble(config: RuntimeConfig, group: Group) -> Engine:
-    source = open_model(config.model, config.revision)
+    source = open_model(config.model, config.revision, config.quantization)
     keep_programs(config.compile_cache_dir)
     mesh = make_mesh(dict(config.mesh or ()))
     check_mesh(mesh, group)
@@ -89,16 +91,19 @@ def _assemble(config: RuntimeConfig, group: Group) -> Engine:
 
 def _with_weights(source: ModelSource, config: RuntimeConfig, dtype: np.dtype) -> ModelSource:
     """The source with the weights in the form in which they will be read: a store, unless that was turned off."""
-    weights = source.weights
-    if isinstance(weights, Checkpoint) and config.store:
+    weights, quantization = source.weights, source.quantization
+    is_made = isinstance(weights, Checkpoint) or quantization is not None
+    if is_made and config.store:
         folder = Path(config.store_cache_dir or DEFAULT_STORE_CACHE_DIR).expanduser()
-        weights = cached_store(weights, source.config, dtype, folder, show_progress=config.progress)
+        model = source.config if quantization is None else without_formats(source.config)
+        weights = cached_store(weights, model, dtype, folder, quantization, show_progress=config.progress)
+        source = dataclasses.replace(source, quantization=None)
+    elif is_made and config.weights != "resident":
+        raise ConfigError(
+            f"weights={config.weights} reads layers from a store as they are; {weights.path} is a Hugging Face "
+            "checkpoint, or still to be quantized. Leave --no-store away, or convert it first: millrace convert."
+        )
     if isinstance(weights, Checkpoint):
-        if config.weights != "resident":
-            raise ConfigError(
-                f"weights={config.weights} reads layers from a store; {weights.path} is a Hugging Face checkpoint. "
-                "Leave --no-store away, or convert it first: millrace convert."
-            )
         return source
     return dataclasses.replace(source, weights=weights.with_direct_io() if _is_direct(config, weights) else weights)
 
@@ -157,7 +162,8 @@ def _load(source: ModelSource, deployment: Deployment, on_part: Callable[[], Non
     progress, placement = config.progress, model.placement
     if sizes is None:
         specs = model.decoder.specs
-        return load_params(source.weights, source.config, specs, placement, show_progress=progress, on_part=on_part)
+        load = load_params if source.quantization is None else load_quantized
+        return load(source.weights, source.config, specs, placement, show_progress=progress, on_part=on_part)
     assert isinstance(source.weights, Store)
     in_host_memory = config.weights == "host"
     return open_stream(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -9,12 +10,23 @@ from ..errors import ConfigError
 from .spelling import shown
 
 DType = Literal["float32", "bfloat16", "float16"]
+CacheDType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"]
 WeightsPlace = Literal["resident", "stream", "host"]
 WeightsIo = Literal["auto", "cached", "direct"]
+# The formats of pallas_kernels/quantized_matmul/contract, which imports jax; a test compares.
+Quantization = Literal[
+    "int8", "int8_a16", "fp8", "fp8_a16", "fp8_block", "int4", "mxfp4", "mxfp8", "nvfp4"
+]  # fmt: skip
 _DTYPE_SPELLINGS: dict[str, DType] = {
     "float32": "float32", "fp32": "float32", "f32": "float32", "float": "float32",
     "bfloat16": "bfloat16", "bf16": "bfloat16",
     "float16": "float16", "fp16": "float16", "f16": "float16", "half": "float16",
+}  # fmt: skip
+_CACHE_DTYPE_SPELLINGS: dict[str, CacheDType] = {
+    **_DTYPE_SPELLINGS,
+    "float8_e4m3fn": "float8_e4m3fn", "float8_e4m3": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn",
+    "float8": "float8_e4m3fn", "fp8": "float8_e4m3fn",
+    "int8": "int8",
 }  # fmt: skip
 DEFAULT_CONTEXT_LEN = 8192
 DEFAULT_STEP_TOKENS = 512
@@ -37,6 +49,7 @@ class RuntimeConfig:
     model: str = "embedded"  # "embedded", a directory (Hugging Face or store), or org/name
     revision: str | None = None  # of org/name: the main branch
     dtype: str | None = None  # of weights and activations: the checkpoint's own
+    quantization: str | None = None  # what plain weights are made (int8, fp8, int4 ...): as the checkpoint has them
     # Prompt and output, in tokens: the checkpoint's own, at most 8192, and at most what its rope was trained on where
     # a longer context changes the frequencies (dynamic, longrope).
     max_context_len: int | None = None
@@ -45,7 +58,8 @@ class RuntimeConfig:
     # Query tokens of one step, on each data shard: 512, or 2048 where weights are streamed; twice num_slots if more.
     max_step_tokens: int | None = None
     kv_cache_bytes: int | None = None  # on each device: what num_slots full contexts need, within the free memory
-    kv_cache_dtype: str | None = None  # as dtype
+    # As dtype; float8_e4m3fn (fp8) and int8, which has a scale for each token and head, take half of 16 bits.
+    kv_cache_dtype: str | None = None
     mesh: tuple[tuple[str, int], ...] | None = None  # sizes of mesh axes: every axis 1
     target: str | None = None  # hardware that plan and compile assume, as gb300:1x18x4: this machine's devices
     artifact: str | None = None  # folder of compiled programs to load instead of compiling, from millrace compile
@@ -76,11 +90,14 @@ class RuntimeConfig:
         for name, low, high in _INTEGERS:
             value = _integer(name, getattr(self, name), low, high, optional=name in _OPTIONAL)
             object.__setattr__(self, name, value)
-        for name in ("dtype", "kv_cache_dtype"):
-            object.__setattr__(self, name, _dtype(name, getattr(self, name)))
+        for name, spellings in (("dtype", _DTYPE_SPELLINGS), ("kv_cache_dtype", _CACHE_DTYPE_SPELLINGS)):
+            object.__setattr__(self, name, _dtype(name, getattr(self, name), spellings))
         for name, choices in (("weights", get_args(WeightsPlace)), ("weights_io", get_args(WeightsIo))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(getattr(self, name))}.")
+        if self.quantization is not None and self.quantization not in get_args(Quantization):
+            formats = ", ".join(get_args(Quantization))
+            raise ConfigError(f"quantization must be one of {formats}, got {shown(self.quantization)}.")
         if self.weights == "resident" and self.weights_memory is not None:
             raise ConfigError("weights_memory goes with weights=stream or weights=host; resident ones are all there.")
         for name in ("prefix_caching", "progress", "store"):
@@ -137,13 +154,15 @@ def _integer(name: str, value: Any, low: int, high: int, *, optional: bool) -> i
     return int(value)
 
 
-def _dtype(name: str, value: object) -> DType | None:
+def _dtype(name: str, value: object, spellings: Mapping[str, str]) -> str | None:
     """The canonical spelling."""
     if value is None:
         return None
-    if isinstance(value, str) and value.lower() in _DTYPE_SPELLINGS:
-        return _DTYPE_SPELLINGS[value.lower()]
-    raise ConfigError(f"{name} must be one of {', '.join(get_args(DType))} (bf16, fp16, fp32 too), got {shown(value)}.")
+    if isinstance(value, str) and value.lower() in spellings:
+        return spellings[value.lower()]
+    choices = dict.fromkeys(spellings.values())
+    short = [spelling for spelling in ("bf16", "fp16", "fp32", "fp8") if spelling in spellings]
+    raise ConfigError(f"{name} must be one of {', '.join(choices)} ({', '.join(short)} too), got {shown(value)}.")
 
 
 def _pairs(name: str, value: object, kind: type) -> tuple[tuple[str, Any], ...]:

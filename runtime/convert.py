@@ -5,34 +5,42 @@ hashed and written. What they hold together is bounded, so the host needs little
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..models.config import ModelConfig
 from ..models.decoder import AbstractDecoder
 from ..models.families import config_from_hf, tensor_plan
 from ..models.families.plan import LeafPlan
+from ..models.families.quantization import CALIBRATION, KEY, quantization_config
+from ..models.quantization import uniformly, with_formats
+from ..pallas_kernels.quantized_matmul import WeightFormat
 from ..sharding.specs import ParamSpec
 from .byte_bar import byte_bar
+from .calibration import CalibrationText, fitted_layers, read_text
 from .checkpoint import CONFIG_FILE, GENERATION_FILE, Checkpoint, locate
 from .param_tree import flatten
+from .quantizing import QuantizedLeaf, quantized_leaves
 from .store import Store, open_store
 from .store_format import MANIFEST_FILE, PARAMS_FOLDER, to_json
 from .store_journal import Origin
 from .store_root import is_disk_full
 from .store_writer import StoreWriter, open_writer
-from .weights import Leaf, check_store, checkpoint_leaves, store_leaves
+from .tokenizer import load_tokenizer
+from .weights import Leaf, Part, check_store, checkpoint_leaves, store_leaves
 from .weights import convert as to_dtype
 
 _NUM_WORKERS = 4
@@ -62,37 +70,88 @@ class _Budget:
 
 
 def convert(
-    source: Checkpoint | Store, place: Path | str, *, dtype: np.dtype | None = None, show_progress: bool = True
+    source: Checkpoint | Store,
+    place: Path | str,
+    *,
+    dtype: np.dtype | None = None,
+    quantization: WeightFormat | None = None,
+    calibrate: Path | None = None,
+    show_progress: bool = True,
 ) -> Store:
     """The store of `source` at a path or URL, in `dtype` or the model's own; an interrupted conversion goes on.
 
-    A place that holds this conversion already is left as it is, which is said on stderr.
+    `quantization` is what plain weights are made; None leaves them, and those that are quantized, as they are. With
+    `calibrate`, a file of text, they are rounded to what the model computes of it. A place that holds this conversion
+    already is left as it is, which is said on stderr.
 
     Raises:
       CheckpointError: the source is damaged or unlike its config, the place holds something else, the disk is full.
+      ConfigError: a weight's shape does not fit the format, or the text is too short.
     """
     model = config_from_hf(dict(source.config))
-    own_dtype = source.dtype if isinstance(source, Store) else model.dtype
-    return write_store(source, model, dtype or np.dtype(jnp.dtype(own_dtype)), place, show_progress=show_progress)
+    own_dtype = np.dtype(jnp.dtype(source.dtype if isinstance(source, Store) else model.dtype))
+    text = None
+    if calibrate is not None:
+        if quantization is None:
+            raise ConfigError("calibrate goes with the quantization of plain weights, as in --quantization=int4.")
+        text = read_text(calibrate, load_tokenizer(source.path), model.max_context_len)
+    return write_store(source, model, dtype or own_dtype, place, quantization, text, show_progress=show_progress)
 
 
 def write_store(
-    source: Checkpoint | Store, model: ModelConfig, dtype: np.dtype, place: Path | str, *, show_progress: bool
+    source: Checkpoint | Store,
+    model: ModelConfig,
+    dtype: np.dtype,
+    place: Path | str,
+    quantization: WeightFormat | None = None,
+    text: CalibrationText | None = None,
+    *,
+    show_progress: bool,
 ) -> Store:
-    """`convert`, for who knows the model's config and the dtype."""
-    specs, _ = flatten(AbstractDecoder(model, jnp.dtype(dtype)).specs)
-    leaves = list(_leaves(source, model, specs))
-    origin = Origin({**source_name(source), "fingerprint": fingerprint(source)}, str(dtype))
+    """`convert`, for who knows the dtype, what config.json says of the model, and the text to calibrate with."""
+    target = model if quantization is None else with_formats(model, uniformly(quantization))
+    specs, _ = flatten(AbstractDecoder(target, jnp.dtype(dtype)).specs)
+    declared = source.config.get(KEY) if quantization is None else quantization_config(quantization)
+    if text is not None and declared is not None:
+        declared = {**declared, CALIBRATION: text.declared}
+    origin = Origin({**source_name(source), "fingerprint": fingerprint(source)}, str(dtype), declared)
+    jobs = _jobs(source, model, target, dtype)
     with open_writer(place, origin, specs) as writer:
         if writer is None:
             print(f"millrace: {place} holds this conversion already: nothing to do", file=sys.stderr)
         else:
-            wanted = set(writer.unfinished)
-            unfinished = [(leaf, num_read) for leaf, num_read in leaves if leaf.path in wanted]
-            _check_room(writer, sum(leaf.spec.num_bytes for leaf, _ in unfinished))
-            _write_all(writer, unfinished, sum(spec.num_bytes for spec in specs.values()), show_progress)
-            writer.finish(_files(source))
+            unfinished = set(writer.unfinished)
+            _check_room(writer, sum(specs[path].num_bytes for path in unfinished))
+            if text is not None:
+                jobs = _write_fitted(writer, model, jobs, text, show_progress)
+            jobs = [job for job in jobs if unfinished.intersection(job.specs)]
+            _write_all(writer, jobs, sum(spec.num_bytes for spec in specs.values()), show_progress)
+            writer.finish(_files(source, declared))
     return open_store(place)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One array of the source, and the arrays that its parts are written to."""
+
+    leaf: Leaf
+    num_read: list[int]  # bytes that are read for each part
+    quantized: QuantizedLeaf | None  # None: the leaf is written as it is
+
+    @property
+    def specs(self) -> Mapping[str, ParamSpec]:
+        """What is written, by path."""
+        return {self.leaf.path: self.leaf.spec} if self.quantized is None else self.quantized.specs
+
+    def part_bytes(self, part: Part) -> int:
+        """Bytes that are written for a part."""
+        return sum(spec.num_bytes // math.prod(spec.shape[: len(part.index)]) for spec in self.specs.values())
+
+    def convert(self, values: np.ndarray) -> Mapping[str, np.ndarray]:
+        """What a part is written as, by path."""
+        if self.quantized is not None:
+            return self.quantized.quantize(values)
+        return {self.leaf.path: to_dtype(values, self.leaf.spec.dtype, self.leaf.path)}
 
 
 def source_name(source: Checkpoint | Store) -> dict[str, str | None]:
@@ -120,28 +179,67 @@ def _configs(source: Checkpoint) -> list[str]:
     return [name for name in (CONFIG_FILE, GENERATION_FILE) if os.path.lexists(source.path / name)]
 
 
-def _files(source: Checkpoint | Store) -> dict[str, bytes]:
-    """What lies beside the weights, by name."""
+def _files(source: Checkpoint | Store, quantization: Mapping[str, Any] | None) -> dict[str, bytes]:
+    """What lies beside the weights, by name; config.json says how they are quantized."""
     if isinstance(source, Store):
         names = [name for name in source.files if not name.startswith(f"{PARAMS_FOLDER}/")]
-        return {name: content for name, content in source.root.read(names).items() if content is not None}
-    files = {name: locate(source.path, name) for name in _configs(source)} | dict(source.tokenizer_files)
-    return {name: file.read_bytes() for name, file in files.items()}
+        files = {name: content for name, content in source.root.read(names).items() if content is not None}
+    else:
+        places = {name: locate(source.path, name) for name in _configs(source)} | dict(source.tokenizer_files)
+        files = {name: file.read_bytes() for name, file in places.items()}
+    if source.config.get(KEY) != quantization:
+        files[CONFIG_FILE] = to_json({**source.config, KEY: quantization})
+    return files
+
+
+def _jobs(source: Checkpoint | Store, model: ModelConfig, target: ModelConfig, dtype: np.dtype) -> list[_Job]:
+    """Every array of the source, which has the weights of `model`; those of `target` are written."""
+    plain, _ = flatten(AbstractDecoder(model, jnp.dtype(dtype)).specs)
+    found = dict(_leaves(source, model, plain))
+    if target == model:
+        return [_Job(leaf, num_read, None) for leaf, num_read in found.values()]
+    specs, _ = flatten(AbstractDecoder(target, jnp.dtype(dtype)).specs)
+    jobs = []
+    for each in quantized_leaves([leaf for leaf, _ in found.values()], target, specs):
+        quantized = each if isinstance(each, QuantizedLeaf) else None
+        leaf = each.source if isinstance(each, QuantizedLeaf) else each
+        jobs.append(_Job(leaf, found[leaf.path][1], quantized))
+    return jobs
+
+
+def _write_fitted(
+    writer: StoreWriter, model: ModelConfig, jobs: list[_Job], text: CalibrationText, show_progress: bool
+) -> list[_Job]:
+    """Write the layers' quantized weights, fitted to a text; the jobs that remain.
+
+    An interrupted conversion computes the text again from its beginning, and writes the arrays that were not finished.
+    """
+    unfinished = frozenset(writer.unfinished)
+    fitted = {j.leaf.path: j.quantized for j in jobs if j.quantized is not None and j.leaf.spec.axes[0] == "layers"}
+    if any(unfinished.intersection(quantized.specs) for quantized in fitted.values()):
+        leaves = {job.leaf.path: job.leaf for job in jobs}
+        for layer, arrays in fitted_layers(model, leaves, fitted, text, show_progress=show_progress):
+            for path, array in arrays.items():
+                if path in unfinished:
+                    writer.write_part(path, (layer,), array)
+    return [job for job in jobs if job.leaf.path not in fitted]
 
 
 def _leaves(
     source: Checkpoint | Store, model: ModelConfig, specs: Mapping[str, ParamSpec]
-) -> Iterator[tuple[Leaf, list[int]]]:
-    """Each leaf, with the bytes that are read for each of its parts."""
+) -> Iterator[tuple[str, tuple[Leaf, list[int]]]]:
+    """Each leaf by its path, with the bytes that are read for each of its parts."""
     if isinstance(source, Store):
         check_store(source, specs)
         for leaf in store_leaves(source, specs, whole=False):
-            yield leaf, [source.arrays[leaf.path].num_bytes // len(leaf.parts)] * len(leaf.parts)
+            num_read = source.arrays[leaf.path].num_bytes // len(leaf.parts)
+            yield leaf.path, (leaf, [num_read] * len(leaf.parts))
         return
-    plan: Mapping[str, LeafPlan] = tensor_plan(model, source.tensor_names)
+    plan: Mapping[str, LeafPlan] = tensor_plan(model, source.tensor_names, source.config)
     for leaf in checkpoint_leaves(source, plan, specs):
         tensors = [piece.names for piece in plan[leaf.path].pieces]
-        yield leaf, [sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in names) for names in tensors]
+        read = [sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in names) for names in tensors]
+        yield leaf.path, (leaf, read)
 
 
 def _check_room(writer: StoreWriter, num_bytes: int) -> None:
@@ -157,18 +255,16 @@ def _check_room(writer: StoreWriter, num_bytes: int) -> None:
         )
 
 
-def _write_all(writer: StoreWriter, leaves: list[tuple[Leaf, list[int]]], total: int, show_progress: bool) -> None:
-    """Every part of the leaves, several leaves at once; a bar on stderr counts bytes."""
+def _write_all(writer: StoreWriter, jobs: list[_Job], total: int, show_progress: bool) -> None:
+    """Every part of the jobs, several jobs at once; a bar on stderr counts bytes."""
     budget, is_stopped = _Budget(_BUDGET_BYTES), threading.Event()
-    done_bytes = total - sum(leaf.spec.num_bytes for leaf, _ in leaves)
+    unfinished = frozenset(writer.unfinished)
+    done_bytes = total - sum(spec.num_bytes for job in jobs for spec in job.specs.values())
     with (
         byte_bar("Converting weights", total, show=show_progress, done=done_bytes) as advance,
         ThreadPoolExecutor(_NUM_WORKERS, thread_name_prefix="millrace-convert") as workers,
     ):
-        pending = [
-            workers.submit(_write_leaf, writer, leaf, num_read, budget, is_stopped, advance)
-            for leaf, num_read in leaves
-        ]
+        pending = [workers.submit(_write_parts, writer, job, unfinished, budget, is_stopped, advance) for job in jobs]
         try:
             for done in as_completed(pending):
                 done.result()
@@ -180,21 +276,22 @@ def _write_all(writer: StoreWriter, leaves: list[tuple[Leaf, list[int]]], total:
             raise
 
 
-def _write_leaf(
+def _write_parts(
     writer: StoreWriter,
-    leaf: Leaf,
-    num_read: list[int],
+    job: _Job,
+    unfinished: Collection[str],
     budget: _Budget,
     is_stopped: threading.Event,
     on_bytes: Callable[[int], None],
 ) -> None:
-    """One array, part by part."""
-    for part, read_bytes in zip(leaf.parts, num_read, strict=True):
+    """The arrays of a job that are still to be written, part by part."""
+    for part, read_bytes in zip(job.leaf.parts, job.num_read, strict=True):
         if is_stopped.is_set():
             return
-        shape = leaf.spec.shape[len(part.index) :]
-        part_bytes = math.prod(shape) * leaf.spec.dtype.itemsize
+        shape, part_bytes = job.leaf.spec.shape[len(part.index) :], job.part_bytes(part)
         with budget.hold(read_bytes + part_bytes):
             values = part.read([tuple(slice(0, size) for size in shape)])[0]
-            writer.write_part(leaf.path, part.index, to_dtype(values, leaf.spec.dtype, leaf.path))
+            for path, array in job.convert(values).items():
+                if path in unfinished:
+                    writer.write_part(path, part.index, array)
         on_bytes(part_bytes)

@@ -41,7 +41,7 @@ class Deployment:
         return SchedulerConfig(
             num_shards=self.model.placement.num_shards,
             num_slots=config.num_slots,
-            num_pages=self.model.cache.shape[2],
+            num_pages=self.model.cache.values.shape[2],
             page_size=config.page_size,
             max_context_len=config.max_context_len,
             max_step_tokens=config.max_step_tokens,
@@ -91,7 +91,9 @@ def _step_model(config: RuntimeConfig, decoder: AbstractDecoder, placement: Plac
     return StepModel(
         decoder=decoder,
         placement=placement,
-        kernels=KernelChoices(_platform(placement), dict(config.kernels)),
+        kernels=KernelChoices(
+            _platform(placement), dict(config.kernels), device_kind=placement.mesh.devices.flat[0].device_kind
+        ),
         cache=cache_spec(decoder.config, placement, num_pages, config.page_size, config.kv_cache_dtype),
         num_slots=config.num_slots,
         pages_per_slot=-(-config.max_context_len // config.page_size),

@@ -10,6 +10,7 @@ from ..errors import ConfigError, KernelError
 from ..models.config import ModelConfig, MoeSpec
 from ..models.decoder import AbstractDecoder
 from ..models.partition import partition, with_places
+from ..models.quantization import format_paths
 from ..sharding.axes import MeshAxis
 from ..sharding.mesh import make_mesh, mesh_sizes, mesh_text
 from ..sharding.rules import Placement
@@ -45,6 +46,9 @@ class DeploymentPlan:
     mesh: str
     num_devices: int
     dtype: str
+    formats: tuple[str, ...]  # of quantized weights, by name
+    kv_cache_dtype: str
+    token_bytes: int  # of the KV cache on each device, for one token
     weights: str  # where they are: resident, stream, host
     num_slots: int
     max_step_tokens: int
@@ -78,9 +82,10 @@ def plan_deployment(
     memory = plan_memory(deployment, target.memory_bytes, temporaries)
     config, placement = deployment.config, deployment.model.placement
     assert config.num_slots and config.max_step_tokens and config.max_context_len
-    cached_tokens = deployment.model.cache.shape[2] * config.page_size
+    cached_tokens = deployment.model.cache.values.shape[2] * config.page_size
+    device_model = _device_model(config, model, placement, deployment.weight_bytes)
     prediction = predict(
-        _device_model(config, model, placement, deployment.weight_bytes),
+        device_model,
         target,
         workload,
         num_sequences=min(config.num_slots, cached_tokens // workload.mean_context_len),
@@ -92,6 +97,9 @@ def plan_deployment(
         mesh=mesh_text(mesh_sizes(placement.mesh)),
         num_devices=placement.mesh.size,
         dtype=str(config.dtype),
+        formats=tuple(sorted({format.name for format in format_paths(model).values()})),
+        kv_cache_dtype=device_model.cache_dtype,
+        token_bytes=device_model.cache_bytes(),
         weights=config.weights,
         num_slots=config.num_slots,
         max_step_tokens=config.max_step_tokens,
@@ -110,7 +118,7 @@ def _device_model(config: RuntimeConfig, model: ModelConfig, placement: Placemen
         mesh=mesh_sizes(placement.mesh),
         dtype=config.dtype,
         itemsize=jnp.dtype(config.dtype).itemsize,
-        cache_itemsize=jnp.dtype(config.kv_cache_dtype).itemsize,
+        cache_dtype=config.kv_cache_dtype,
         weight_bytes=weight_bytes,
     )
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from ..errors import ConfigError
 from ..models.config import ModelConfig
+from ..models.kv_cache import cache_bytes
 from ..sharding.mesh import make_mesh
 from ..sharding.rules import Placement
 from ..sharding.targets import TargetMachine
@@ -99,7 +100,7 @@ def plan_memory(deployment: Deployment, memory_bytes: int, temporaries: Temporar
     )
     return MemoryPlan(
         weights=deployment.weight_bytes,
-        kv_cache=placement.shard_bytes(deployment.model.cache),
+        kv_cache=cache_bytes(deployment.model.cache, placement),
         slot_state=slot_bytes(config.num_slots, deployment.model.decoder.config, placement),
         control=_STEPS_ALIVE * 4 * (max(layout.width for layout in layouts) + NUM_FLAGS),
         outputs=_STEPS_ALIVE * num_scores * _SCORE_BYTES,

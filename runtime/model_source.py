@@ -1,13 +1,18 @@
 """From the name of a model to what can be opened: the embedded store, a directory, a URL, a repository of the hub."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import CheckpointError
 from ..models.config import ModelConfig
 from ..models.families import config_from_hf
+from ..models.families.quantization import wanted_format
+from ..models.quantization import uniformly, with_formats
+from ..pallas_kernels.quantized_matmul import WeightFormat
 from .checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
 from .generation_defaults import default_sampling_params, eos_token_ids
 from .json_files import read_object
@@ -26,20 +31,22 @@ class ModelSource:
     """A model that was found sound; its weights are still on disk."""
 
     weights: Checkpoint | Store
-    config: ModelConfig
+    config: ModelConfig  # as it runs
+    quantization: WeightFormat | None = None  # what the weights, which are plain, are still to be made
     tokenizer: Tokenizer | None
     eos_ids: tuple[int, ...]
     default_sampling_params: SamplingParams
 
 
-def open_model(model: str, revision: str | None) -> ModelSource:
-    """Find and check a model.
+def open_model(model: str, revision: str | None, quantization: str | None = None) -> ModelSource:
+    """Find and check a model; `quantization` names the format that plain weights are made.
 
     Raises:
       CheckpointError: nothing is there, or it cannot be trusted or understood.
+      ConfigError: its weights are quantized otherwise, or their shapes do not fit the format.
     """
     weights = open_weights(model, revision)
-    config = config_from_hf(dict(weights.config))
+    config, format = _config_of(weights.config, quantization, model)
     if isinstance(weights, Store):
         config = dataclasses.replace(config, dtype=weights.dtype)  # it may be converted to another than config.json's
     tokenizer = load_tokenizer(weights.path)
@@ -49,26 +56,35 @@ def open_model(model: str, revision: str | None) -> ModelSource:
     return ModelSource(
         weights=weights,
         config=config,
+        quantization=format,
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         default_sampling_params=default_sampling_params(weights.generation_config),
     )
 
 
-def open_model_config(model: str, revision: str | None) -> ModelConfig:
+def _config_of(
+    config: Mapping[str, Any], quantization: str | None, model: str
+) -> tuple[ModelConfig, WeightFormat | None]:
+    """A config.json as the model runs, and what its weights are to be made for that."""
+    found, format = config_from_hf(dict(config)), wanted_format(config, quantization, None, model)
+    return (found, None) if format is None else (with_formats(found, uniformly(format)), format)
+
+
+def open_model_config(model: str, revision: str | None, quantization: str | None = None) -> ModelConfig:
     """A model's shapes, for plans and programs: of all that `open_model` takes, of a folder with nothing but a
     config.json, and of the published models in models/architectures, which need no network.
 
     Raises:
-      CheckpointError: see open_model.
+      CheckpointError, ConfigError: see open_model.
     """
     bundled = ARCHITECTURES / f"{model.replace('/', '--')}.json"
     if revision is None and model.count("/") == 1 and bundled.is_file() and not Path(model).exists():
-        return config_from_hf(dict(read_object(bundled)))
+        return _config_of(read_object(bundled), quantization, model)[0]
     folder = Path(model).expanduser()
     if (folder / CONFIG_FILE).is_file() and not is_store(folder):
-        return config_from_hf(dict(read_object(folder / CONFIG_FILE)))
-    return open_model(model, revision).config
+        return _config_of(read_object(folder / CONFIG_FILE), quantization, model)[0]
+    return open_model(model, revision, quantization).config
 
 
 def open_weights(model: str, revision: str | None) -> Checkpoint | Store:

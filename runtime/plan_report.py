@@ -20,9 +20,11 @@ def plan_text(plan: DeploymentPlan) -> str:
 
 
 def _head(plan: DeploymentPlan) -> str:
+    weights = f" with weights in {', '.join(plan.formats)}" if plan.formats else ""
     return (
-        f"{plan.model} in {plan.dtype} on {plan.target}, mesh {plan.mesh}: {plan.num_devices} devices, "
-        f"{plan.num_slots} slots and {plan.max_step_tokens} tokens a step on each data shard"
+        f"{plan.model} in {plan.dtype}{weights} on {plan.target}, mesh {plan.mesh}: {plan.num_devices} devices, "
+        f"{plan.num_slots} slots and {plan.max_step_tokens} tokens a step on each data shard; KV cache in "
+        f"{plan.kv_cache_dtype}, {plan.token_bytes:,} bytes a token on each device"
     )
 
 

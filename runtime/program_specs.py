@@ -15,7 +15,6 @@ from jax.stages import Lowered
 from jaxtyping import Array
 
 from ..models.decoder import LayerParams
-from ..models.kv_cache import CACHE_AXES
 from ..sharding.axes import Axes, LogicalAxis
 from ..sharding.rules import Placement
 from ..sharding.specs import ParamSpec, SpecTree
@@ -120,13 +119,13 @@ def _make_state(model: StepModel) -> DeviceState:
     one = empty_slots(model.num_slots, model.decoder.config.vocab_size)
     shards = model.placement.num_shards
     slots = jax.tree.map(lambda a: jnp.broadcast_to(a, (shards, *a.shape)), one)
-    return DeviceState(jnp.zeros(model.cache.shape, model.cache.dtype), slots)
+    return DeviceState(jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), model.cache), slots)
 
 
 def _abstract_state(model: StepModel) -> DeviceState:
     shapes = jax.eval_shape(lambda: _make_state(model))
     slots: dict[str, Any] = {name: model.placement.sharding(axes) for name, axes in _SLOT_AXES.items()}
-    cache: Any = model.placement.sharding(CACHE_AXES)
+    cache: Any = jax.tree.map(lambda spec: model.placement.sharding(spec.axes), model.cache)
     abstract: DeviceState = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, DeviceState(cache, SlotState(**slots))
     )

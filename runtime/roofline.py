@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from ..models.config import AttentionSpec, LayerSpec, ModelConfig, MoeSpec
+from ..models.kv_cache import cached_head_bytes
+from ..pallas_kernels.quantized_matmul import WeightFormat
 from ..sharding.axes import MeshAxis
 from ..sharding.targets import Target
 
@@ -37,6 +39,7 @@ class Cost:
     flops: float
     memory_bytes: float
     link_bytes: float  # sent by the device to others
+    format_flops: Mapping[WeightFormat, float] = dataclasses.field(default_factory=dict)  # part of flops: with weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class DeviceModel:
     mesh: Mapping[MeshAxis, int]
     dtype: str  # of weights and activations
     itemsize: int  # bytes of a number in it
-    cache_itemsize: int
+    cache_dtype: str
     weight_bytes: int  # of this device
 
     def cost(self, *, num_tokens: float, num_sampled: float, num_keys: float, num_cached: float) -> Cost:
@@ -81,37 +84,53 @@ class DeviceModel:
         """
         config, n = self.config, self.mesh["tensor"]
         flops = 2 * num_sampled * config.vocab_size * config.embed_dim / n
+        by_format = collections.defaultdict[WeightFormat | None, float](float, {config.head_format: flops})
         cached_bytes = 0.0
         for layer, count in collections.Counter(config.layers).items():
             window = layer.attention.window or num_keys
             scores = 4 * layer.attention.num_heads * layer.attention.head_dim * min(num_keys, window) / n
-            flops += count * num_tokens * (2 * self._met_weights(layer) + scores)
+            met = self._met_weights(layer)
+            flops += count * num_tokens * (2 * sum(met.values()) + scores)
+            for format, weights in met.items():
+                by_format[format] += 2 * count * num_tokens * weights
             seen = min(1.0, window / num_keys) if num_keys else 1.0
             cached_bytes += count * num_cached * seen * self._cached_token_bytes(layer.attention)
         unread = 0 if config.tie_embeddings else config.vocab_size * config.embed_dim * self.itemsize // n
         memory_bytes = self.weight_bytes - unread + cached_bytes
-        return Cost(flops=flops, memory_bytes=memory_bytes, link_bytes=self._link_bytes(num_tokens))
+        return Cost(
+            flops=flops,
+            memory_bytes=memory_bytes,
+            link_bytes=self._link_bytes(num_tokens),
+            format_flops={format: part for format, part in by_format.items() if format is not None},
+        )
 
     def cache_bytes(self) -> int:
-        """Of one token of one sequence, over all layers: 2 K H itemsize each, with a KV head at least per device."""
+        """Of one token of one sequence, over all layers, scales included, with a KV head at least per device."""
         return sum(self._cached_token_bytes(layer.attention) for layer in self.config.layers)
 
     def _cached_token_bytes(self, attention: AttentionSpec) -> int:
         n = self.mesh["tensor"]
-        return 2 * max(attention.num_kv_heads, n) // n * attention.head_dim * self.cache_itemsize
+        num_heads = max(attention.num_kv_heads, n) // n
+        return 2 * num_heads * cached_head_bytes(attention.head_dim, self.cache_dtype)
 
-    def _met_weights(self, layer: LayerSpec) -> float:
-        """Weights of this device that a token of its shard meets in a layer; of an expert group's devices on average.
+    def _met_weights(self, layer: LayerSpec) -> Mapping[WeightFormat | None, float]:
+        """Weights of this device that a token of its shard meets in a layer, by their format; of an expert group's
+        devices on average.
 
         D H (2 N + 2 K) / n of attention; 3 D F / n of an MLP, k times that of experts and D E of the router, which
         every device computes whole, as it does K where K does not split over n.
         """
         n, dim, attention, mlp = self.mesh["tensor"], self.config.embed_dim, layer.attention, layer.mlp
         kv_heads = attention.num_kv_heads if attention.num_kv_heads % n else attention.num_kv_heads / n
-        projections = dim * attention.head_dim * (2 * attention.num_heads / n + 2 * kv_heads)
-        if isinstance(mlp, MoeSpec):
-            return projections + dim * mlp.num_experts + mlp.num_experts_per_token * 3 * dim * mlp.mlp_dim / n
-        return projections + 3 * dim * mlp.mlp_dim / n
+        heads = {"q": attention.num_heads / n, "o": attention.num_heads / n, "k": kv_heads, "v": kv_heads}
+        met = collections.defaultdict[WeightFormat | None, float](float)
+        for name, count in heads.items():
+            met[dict(attention.formats).get(name)] += dim * attention.head_dim * count
+        num_mlps = mlp.num_experts_per_token if isinstance(mlp, MoeSpec) else 1
+        for name in ("gate", "up", "down"):
+            met[dict(mlp.formats).get(name)] += num_mlps * dim * mlp.mlp_dim / n
+        met[None] += dim * mlp.num_experts if isinstance(mlp, MoeSpec) else 0
+        return met
 
     def _link_bytes(self, num_tokens: float) -> float:
         """Bytes that a device sends: activations [T, D] by collectives.
@@ -129,12 +148,27 @@ class DeviceModel:
 
 
 def bound(cost: Cost, target: Target, dtype: str) -> Bound:
-    """A cost at the target's dense peaks."""
+    """A cost at the target's dense peaks; products with quantized weights at those of their format."""
+    plain = cost.flops - sum(cost.format_flops.values())
+    compute_s = plain / target.flops[dtype]
+    for format, flops in cost.format_flops.items():
+        compute_s += flops / target.flops[arithmetic(format, target, dtype)]
     return Bound(
-        compute_s=cost.flops / target.flops[dtype],
+        compute_s=compute_s,
         memory_s=cost.memory_bytes / target.memory_bandwidth,
         links_s=cost.link_bytes / target.link_bandwidth if cost.link_bytes else 0.0,
     )
+
+
+def arithmetic(format: WeightFormat, target: Target, dtype: str) -> str:
+    """What a target multiplies weights of a format in, as Target.flops calls it; dtype is that of activations.
+
+    A chip that multiplies 4-bit floats in groups takes such weights as they are, and those of 8 bits in groups.
+    """
+    own = {"float8_e4m3fn": "float8", "int8": "int8"}.get(format.activations, dtype)
+    if own == dtype and format.scale in ("float8_e8m0fnu", "float8_e4m3fn") and "float4" in target.flops:
+        own = "float4" if format.storage == "float4_e2m1" else "float8"
+    return own if own in target.flops else dtype
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from ..errors import ConfigError, OutOfMemoryError
 from ..models.config import ModelConfig
-from ..models.kv_cache import cache_spec
+from ..models.kv_cache import cache_bytes, cache_spec
 from ..sharding.rules import Placement
 from . import host_memory
 from .config import (
@@ -125,9 +125,9 @@ def size_cache(
 
 
 def bytes_of_page(config: RuntimeConfig, model: ModelConfig, placement: Placement) -> int:
-    """A page of the KV cache on one device: keys and values of all layers."""
+    """A page of the KV cache on one device: keys and values of all layers, scales included."""
     page = cache_spec(model, placement, 1, config.page_size, config.kv_cache_dtype or "")
-    return placement.shard_bytes(page)
+    return cache_bytes(page, placement)
 
 
 def slot_bytes(num_slots: int, model: ModelConfig, placement: Placement) -> int:

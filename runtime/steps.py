@@ -18,6 +18,7 @@ from ..models.decoder import AbstractDecoder, Decoder, Params, run_period
 from ..models.kv_cache import PagedAttend
 from ..models.step import Step, rope_tables
 from ..pallas_kernels.dispatch import KernelChoices
+from ..pallas_kernels.paged_attention import KvCache
 from ..sharding.rules import RULES, Placement
 from ..sharding.specs import ParamSpec
 from . import slot_state
@@ -30,7 +31,7 @@ from .slot_state import SlotState
 class DeviceState(NamedTuple):
     """What stays on the device from step to step, donated to every program."""
 
-    cache: Array  # [R, L, P, 2, K, Z, H]
+    cache: KvCache[Array]  # values [R, L, P, 2, K, Z, H], scales [R, L, P, 2, K, Z] or None
     slots: SlotState  # [R, S, ...]
 
 
@@ -48,7 +49,7 @@ class StepModel:
     decoder: AbstractDecoder
     placement: Placement
     kernels: KernelChoices
-    cache: ParamSpec
+    cache: KvCache[ParamSpec]
     num_slots: int  # S, of each data shard
     pages_per_slot: int
     max_context_len: int
@@ -140,9 +141,9 @@ def embed_step(
 
 
 def layer_step(
-    model: StepModel, layout: Layout, spec: LayerSpec, params: Params, x: Array, cache: Array, layer: Array,
-    control: tuple[Array, Array],
-) -> tuple[Array, Array]:  # fmt: skip
+    model: StepModel, layout: Layout, spec: LayerSpec, params: Params, x: Array,
+    cache: KvCache[Array], layer: Array, control: tuple[Array, Array],
+) -> tuple[Array, KvCache[Array]]:  # fmt: skip
     """One layer of the kind `spec`: the residual stream [R, T, D] behind it, and the cache."""
     inputs = unpack(layout, *control)
     step = model.step(inputs.batch, layout.bucket.is_decode)

@@ -16,6 +16,7 @@ import numpy as np
 import tensorstore
 
 from ..errors import CheckpointError
+from ..models.families.quantization import KEY as QUANTIZATION_KEY
 from .checkpoint import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, ModelFiles, read_model_files
 from .chunk_files import ChunkFiles
 from .json_files import parse_object
@@ -195,10 +196,12 @@ def open_store(place: Path | str, *, direct_io: bool = False, mirror_dir: Path =
         raise CheckpointError(f"{where}: should list {CONFIG_FILE}; it does not. Convert the model again.")
     source, quantization = manifest.get("source"), manifest.get("quantization")
     is_known = manifest.get("dtype") in {str(entry.dtype) for entry in arrays.values()}
-    if not isinstance(source, dict) or not is_known or quantization is not None:
+    declared = parse_object(contents[CONFIG_FILE], f"{root.url}/{CONFIG_FILE}").get(QUANTIZATION_KEY)
+    if not isinstance(source, dict) or not is_known or quantization != declared:
         raise CheckpointError(
-            f"{where}: expected source, the arrays' dtype and quantization null; got {source!r:.80}, "
-            f"{manifest.get('dtype')!r:.80} and {quantization!r:.80}. Convert the model again with this version."
+            f"{where}: expected source, the arrays' dtype and the quantization of {CONFIG_FILE}, {declared!r:.80}; got "
+            f"{source!r:.80}, {manifest.get('dtype')!r:.80} and {quantization!r:.80}. Convert the model again with "
+            "this version."
         )
     model = read_model_files(root.folder or _mirror(contents, mirror_dir.expanduser()))
     return Store(
@@ -211,7 +214,7 @@ def open_store(place: Path | str, *, direct_io: bool = False, mirror_dir: Path =
         files=files,
         source=source,
         dtype=manifest["dtype"],
-        quantization=None,
+        quantization=quantization,
         direct_io=direct_io,
     )
 

@@ -19,6 +19,8 @@ import numpy as np
 
 from ..errors import CheckpointError, ConfigError
 from ..models.config import ModelConfig
+from ..models.families.quantization import KEY
+from ..pallas_kernels.quantized_matmul import WeightFormat
 from .checkpoint import Checkpoint
 from .convert import fingerprint, source_name, write_store
 from .json_files import read_object
@@ -48,22 +50,30 @@ class CachedStore:
 
 
 def cached_store(
-    checkpoint: Checkpoint, model: ModelConfig, dtype: np.dtype, cache_dir: Path, *, show_progress: bool
+    source: Checkpoint | Store,
+    model: ModelConfig,
+    dtype: np.dtype,
+    cache_dir: Path,
+    quantization: WeightFormat | None = None,
+    *,
+    show_progress: bool,
 ) -> Store:
     """The store of a checkpoint in `dtype`, converted below `cache_dir` if it is not there; says so on stderr.
+
+    `model` is what its config.json says; `quantization` what its weights, or those of a plain store, are made.
 
     Raises:
       CheckpointError: the checkpoint cannot be converted, or the cache not written or not trusted; names the options.
     """
-    place = cache_dir / _folder_name(checkpoint, dtype)
+    place = cache_dir / _folder_name(source, dtype, quantization)
     try:
         if os.path.lexists(place / MANIFEST_FILE):
             return open_store(place)
         print(
-            f"millrace: converting {checkpoint.path} into a store, once, in {place} (--no-store loads it directly)",
+            f"millrace: converting {source.path} into a store, once, in {place} (--no-store loads it directly)",
             file=sys.stderr,
         )
-        return write_store(checkpoint, model, dtype, place, show_progress=show_progress)
+        return write_store(source, model, dtype, place, quantization, show_progress=show_progress)
     except CheckpointError as error:
         if str(place) not in str(error):
             raise  # it is the checkpoint that is wrong
@@ -73,12 +83,15 @@ def cached_store(
         ) from error
 
 
-def _folder_name(checkpoint: Checkpoint, dtype: np.dtype) -> str:
-    """The checkpoint's name for people, and a digest of all that its store depends on."""
-    name = str(source_name(checkpoint)["name"]).replace("/", "--")
-    parts = {"path": str(checkpoint.path), "files": fingerprint(checkpoint), "dtype": str(dtype)}
-    digest = hashlib.sha256(to_json({**parts, "version": FORMAT_VERSION})).hexdigest()
-    return f"{name}-{digest[:_KEY_LEN]}"
+def _folder_name(source: Checkpoint | Store, dtype: np.dtype, quantization: WeightFormat | None) -> str:
+    """The source's name for people, and a digest of all that its store depends on."""
+    name = str(source_name(source)["name"]).replace("/", "--")
+    parts = {"path": str(source.path), "files": fingerprint(source), "dtype": str(dtype), "version": FORMAT_VERSION}
+    declared = source.config.get(KEY) if quantization is None else dataclasses.asdict(quantization)
+    if declared is not None:
+        parts["quantization"] = declared
+    digest = hashlib.sha256(to_json(parts)).hexdigest()
+    return f"{name}{'' if quantization is None else f'-{quantization.name}'}-{digest[:_KEY_LEN]}"
 
 
 def list_cached(cache_dir: Path) -> list[CachedStore]:

@@ -34,6 +34,7 @@ class Origin:
 
     source: Mapping[str, str | None]  # name, revision, fingerprint; without a fingerprint nothing is ever resumed
     dtype: str
+    quantization: Mapping[str, Any] | None = None  # as config.json will have it
 
 
 class Journal:
@@ -83,12 +84,12 @@ def is_finished(root: StoreRoot, origin: Origin) -> bool:
     if content is None:
         return False
     found = parse_object(content, f"{root.url}/{MANIFEST_FILE}")
-    is_same = (found.get("version"), *_kind(found)) == (FORMAT_VERSION, origin.source, origin.dtype)
+    is_same = (found.get("version"), *_kind(found)) == (FORMAT_VERSION, *_kind(_head(origin)))
     if not is_same or origin.source.get("fingerprint") is None:
         raise CheckpointError(
             f"{root.url}: expected a new or empty place, or this conversion's own; it holds a store already, of "
-            f"{_named(*_kind(found))}, where {_named(origin.source, origin.dtype)} should go. Choose another "
-            "destination, or remove it."
+            f"{_named(*_kind(found))}, where {_named(*_kind(_head(origin)))} should go. Choose another destination, or "
+            "remove it."
         )
     return True
 
@@ -115,21 +116,22 @@ def open_journal(root: StoreRoot, origin: Origin) -> Journal:
     if {key: journal.get(key) for key in _head(origin)} != _head(origin) or not (is_resumable or is_locked):
         raise CheckpointError(
             f"{root.url}: expected a new or empty place, or this conversion's own; it holds an interrupted conversion "
-            f"of {_named(*_kind(journal))}, where {_named(origin.source, origin.dtype)} should go. Choose another "
+            f"of {_named(*_kind(journal))}, where {_named(*_kind(_head(origin)))} should go. Choose another "
             "destination, or remove it."
         )
     return Journal(root, origin, dict(journal.get("arrays", {})) if is_resumable else {}, generation)
 
 
-def _kind(found: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Source and dtype, as a manifest or a journal has them."""
-    return found.get("source"), found.get("dtype")
+def _kind(found: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Source, dtype and quantization, as a manifest or a journal has them."""
+    return found.get("source"), found.get("dtype"), found.get("quantization")
 
 
-def _named(source: Any, dtype: Any) -> str:
+def _named(source: Any, dtype: Any, quantization: Any) -> str:
     """For people; the fingerprint tells apart what has one name."""
     name, revision, mark = (source.get(key) for key in ("name", "revision", "fingerprint")) if source else (None,) * 3
-    return f"{name} (revision {revision or 'none'}, fingerprint {str(mark)[:8]}) in {dtype}"
+    quantized = f", quantized as {quantization}" if quantization else ""
+    return f"{name} (revision {revision or 'none'}, fingerprint {str(mark)[:8]}) in {dtype}{quantized}"
 
 
 def _head(origin: Origin) -> dict[str, Any]:
@@ -138,6 +140,7 @@ def _head(origin: Origin) -> dict[str, Any]:
         "version": FORMAT_VERSION,
         "source": dict(origin.source),
         "dtype": origin.dtype,
+        "quantization": None if origin.quantization is None else dict(origin.quantization),
     }
 
 

@@ -20,6 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ..errors import CheckpointError
+from ..models.families.quantization import KEY as QUANTIZATION_KEY
+from ..models.quantization import is_scale
 from ..sharding.rules import RULES
 from ..sharding.specs import ParamSpec, SpecTree
 from .checkpoint import CONFIG_FILE
@@ -232,7 +234,7 @@ class StoreWriter:
             "version": FORMAT_VERSION,
             "source": dict(self._origin.source),
             "dtype": self._origin.dtype,
-            "quantization": None,
+            "quantization": self._origin.quantization,
             "arrays": {path: array_row(entry) for path, entry in arrays.items()},
             "files": {name: dataclasses.asdict(file_entry(content)) for name, content in written.items()},
         }
@@ -289,10 +291,8 @@ def save_store(
     """
     leaves, flat_specs = _checked(str(place), params, specs)
     contents = _checked_files(str(place), hf_config, files)
-    num_bytes = Counter[str]()
-    for spec in flat_specs.values():
-        num_bytes[str(spec.dtype)] += spec.num_bytes
-    origin = Origin({"name": name, "revision": None, "fingerprint": None}, num_bytes.most_common(1)[0][0])
+    source = {"name": name, "revision": None, "fingerprint": None}
+    origin = Origin(source, _main_dtype(flat_specs), hf_config.get(QUANTIZATION_KEY))
     is_first = jax.process_index() == 0
     claim = open_writer if is_first else _joined_writer
     with claim(place, origin, flat_specs, min_chunk_bytes=min_chunk_bytes) as writer:
@@ -307,6 +307,15 @@ def save_store(
             if is_first and writer.holds_claim():
                 _discard(writer.root)
             raise
+
+
+def _main_dtype(specs: Mapping[str, ParamSpec]) -> str:
+    """That of most bytes, but for the integers and narrow floats of quantized weights."""
+    num_bytes = Counter[str]()
+    for path, spec in specs.items():
+        if spec.dtype.itemsize > 1 and not is_scale(path):
+            num_bytes[str(spec.dtype)] += spec.num_bytes
+    return num_bytes.most_common(1)[0][0] if num_bytes else str(next(iter(specs.values())).dtype)
 
 
 def _write_leaves(writer: StoreWriter, leaves: Mapping[str, Any], is_first: bool) -> None:

@@ -5,6 +5,7 @@ import math
 import jax.numpy as jnp
 
 from ..models.config import LayerSpec, ModelConfig, MoeSpec
+from ..models.quantization import quantized_projections
 from ..sharding.rules import Placement
 from .config import RuntimeConfig
 from .logprobs import BLOCK_LEN
@@ -29,6 +30,7 @@ def step_temporaries(config: RuntimeConfig, model: ModelConfig, placement: Place
     vocab_len = model.vocab_size // placement.num_parts("vocab")
     logits = _LOGITS * (num_rows + BLOCK_LEN) * vocab_len * _FLOAT
     copied = _copied_weights(model, placement, itemsize) if placement.on_host else 0
+    copied += _dequantized_weight(model, placement, itemsize)
     return num_tokens * of_layers + num_rows * _row(model, placement) + logits + copied
 
 
@@ -60,6 +62,17 @@ def _row(model: ModelConfig, placement: Placement) -> int:
     """Bytes for each row of the batch: the keys and values that it is at, and its bad words beside its last tokens."""
     heads = max(model.num_kv_heads, placement.size("tensor")) // placement.size("tensor")
     return 4 * _BLOCK_KEYS * heads * model.head_dim * _FLOAT + 2 * MAX_BAD_WORDS * RECENT_LEN * _FLOAT
+
+
+def _dequantized_weight(model: ModelConfig, placement: Placement, itemsize: int) -> int:
+    """Without a kernel of its own, a weight whose stored values no dot takes is dequantized before, one at a time."""
+    sizes = (
+        math.prod(shape)
+        for _, format, shape in quantized_projections(model)
+        if format.activations == "own" or format.group is not None or placement.on_host
+    )
+    unpacked = itemsize + (_FLOAT if placement.on_host else 1)
+    return max(sizes, default=0) * unpacked // placement.size("tensor")
 
 
 def _copied_weights(model: ModelConfig, placement: Placement, itemsize: int) -> int:

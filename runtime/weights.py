@@ -19,6 +19,7 @@ from ..errors import CheckpointError
 from ..models.config import ModelConfig
 from ..models.families import tensor_plan
 from ..models.families.plan import LeafPlan, Piece
+from ..models.quantization import is_scale
 from ..sharding.rules import Placement
 from ..sharding.specs import ParamSpec, SpecTree
 from .byte_bar import byte_bar
@@ -74,14 +75,18 @@ def load_params(
         loading, if a file changed or was damaged, or a weight is NaN, infinite, or too large for its new dtype.
     """
     flat, definition = flatten(specs)
-    if isinstance(source, Store):
-        check_store(source, flat)
-        leaves = list(store_leaves(source, flat, whole=placement.on_host))
-    else:
-        leaves = list(checkpoint_leaves(source, tensor_plan(model, source.tensor_names), flat))
+    leaves = list(source_leaves(source, model, flat, whole=placement.on_host))
     placed = place_leaves(leaves, placement, show_progress=show_progress, on_part=on_part)
     params: dict[str, Any] = jax.tree.unflatten(definition, [placed[path] for path in flat])
     return params
+
+
+def source_leaves(source: Source, model: ModelConfig, specs: Mapping[str, ParamSpec], *, whole: bool) -> Iterator[Leaf]:
+    """The leaves of a source that was found to have these parameters; `whole`: each of a store's in one part."""
+    if isinstance(source, Store):
+        check_store(source, specs)
+        return store_leaves(source, specs, whole=whole)
+    return checkpoint_leaves(source, tensor_plan(model, source.tensor_names, source.config), specs)
 
 
 def place_leaves(
@@ -183,7 +188,13 @@ def _full(shape: tuple[int, ...]) -> Region:
 
 
 def convert(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
-    """`values` in the dtype asked for; floats convert to floats, nothing else converts."""
+    """`values` in the dtype asked for; floats of 16 bits and more convert to each other, nothing else converts.
+
+    Raises:
+      CheckpointError: they do not convert, or are too large; scales are zero or not finite; names the array.
+    """
+    if is_scale(path):
+        _check_scales(values, path)
     if values.dtype == dtype:
         return values
     if not (_is_float(values.dtype) and _is_float(dtype)):
@@ -194,6 +205,17 @@ def convert(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
     return converted
 
 
+def _check_scales(scales: np.ndarray, path: str) -> None:
+    """A weight whose scale is zero or NaN is lost."""
+    wide = scales.astype(np.float32)
+    if not np.all(np.isfinite(wide) & (wide != 0)):
+        what = "zero" if np.all(np.isfinite(wide)) else "NaN or infinite"
+        raise CheckpointError(
+            f"{path} should hold scales other than zero, all finite; one of them is {what}. The quantized weights are "
+            "damaged: quantize the model again."
+        )
+
+
 def alias(array: jax.Array) -> jax.Array:
     """The same buffers under another object: jax keeps what it copies to the host for as long as the object lives."""
     shards = [shard.data for shard in array.addressable_shards]
@@ -201,7 +223,7 @@ def alias(array: jax.Array) -> jax.Array:
 
 
 def _is_float(dtype: np.dtype) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating))
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and dtype.itemsize >= 2  # narrower ones need their scales
 
 
 def checkpoint_leaves(
@@ -230,8 +252,9 @@ def _check_piece(
             f"{'' if len(piece.names) == 1 and found == shapes[names] else f', which makes {list(found)}'}. "
             "Weights and config.json are of different models: fetch them again."
         )
+    piece.check_dtypes({name: checkpoint.dtype(name) for name in piece.names})
     dtype = checkpoint.dtype(piece.names[0])
-    if len(piece.names) == 1 and dtype != spec.dtype and not (_is_float(dtype) and _is_float(spec.dtype)):
+    if piece.source.packing is None and dtype != spec.dtype and not (_is_float(dtype) and _is_float(spec.dtype)):
         raise CheckpointError(
             f"{checkpoint.path}: {names}: expected floating-point weights; got {dtype}. Quantized weights of this "
             "kind are not read: use the model's unquantized checkpoint."

@@ -23,7 +23,7 @@ class Dimension:
 
     def fits(self, mesh: Mapping[MeshAxis, int]) -> bool:
         """Whether every device of a mesh with these axis sizes gets as much as the others."""
-        parts = math.prod(mesh[axis] for axis in RULES[self.axis])
+        parts = math.prod(mesh[axis] for axis in RULES.get(self.axis, ()))
         return self.size % parts == 0 or (self.repeats and parts % self.size == 0)
 
 

@@ -27,7 +27,7 @@ class Target:
     device_kind: str
     memory_bytes: int
     memory_bandwidth: float  # bytes per second
-    flops: Mapping[str, float]  # dense, per second, by dtype; float8 and float4 where the chip has them
+    flops: Mapping[str, float]  # dense, per second, by dtype; int8, float8 and float4 where the chip has them
     link_bandwidth: float  # bytes per second in one direction, of one device into its domain of fast links
     num_linked: int  # devices of such a domain
     description: str
@@ -130,7 +130,7 @@ gpu_device_info {{
   cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {extension} }}
   device_vendor: "NVIDIA Corporation" name: "{device_kind}"
   driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
-  cub_version: "3.1.2"
+  dnn_version: "9.10.0" cub_version: "3.1.2"
   ecc_enabled: true device_address_bits: 64
 }}
 platform_name: "CUDA"
@@ -157,16 +157,17 @@ _CUDA_FACTS: Mapping[str, float] = {
     "fpus_per_core": 128,
 }  # fmt: skip
 # NVIDIA H100 and H200 data sheets, SXM: 989 TFLOPS in 16 bits, 1,979 in FP8, half of the sheets' numbers with sparsity;
-# 67 in FP32; NVLink 900 GB/s, both directions together.
+# INT8 as FP8; 67 in FP32; NVLink 900 GB/s, both directions together.
 _HOPPER_FLOPS = {
     "bfloat16": 989.4 * _TERA, "float16": 989.4 * _TERA, "float32": 66.9 * _TERA, "float8": 1978.9 * _TERA,
+    "int8": 1978.9 * _TERA,
 }  # fmt: skip
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         # NVIDIA GB300 NVL72 data sheet, a rack's 72: FP4 1,080 PFLOPS dense; FP8 720 and 16 bits 360 with sparsity,
-        # twice the dense; FP32 6; NVLink 130 TB/s, both directions of 1.8 TB/s each.
+        # twice the dense, as INT8 24; FP32 6; NVLink 130 TB/s, both directions of 1.8 TB/s each.
         _cuda_target(
             "gb300",
             "NVIDIA GB300",
@@ -177,13 +178,13 @@ TARGETS: dict[str, Target] = {
             },
             flops={
                 "bfloat16": 2.5 * _PETA, "float16": 2.5 * _PETA, "float32": 83 * _TERA, "float8": 5 * _PETA,
-                "float4": 15 * _PETA,
+                "float4": 15 * _PETA, "int8": 0.167 * _PETA,
             },
             link_bandwidth=900 * _GIGA,
             num_linked=72,
         ),
-        # NVIDIA GB200 NVL72 data sheet, a rack's 72: FP4 1,440, FP8 720, 16 bits 360 PFLOPS with sparsity, twice the
-        # dense; FP32 5.76; NVLink as GB300.
+        # NVIDIA GB200 NVL72 data sheet, a rack's 72: FP4 1,440, FP8 and INT8 720, 16 bits 360 PFLOPS with sparsity,
+        # twice the dense; FP32 5.76; NVLink as GB300.
         _cuda_target(
             "gb200",
             "NVIDIA GB200",
@@ -194,13 +195,13 @@ TARGETS: dict[str, Target] = {
             },
             flops={
                 "bfloat16": 2.5 * _PETA, "float16": 2.5 * _PETA, "float32": 80 * _TERA, "float8": 5 * _PETA,
-                "float4": 10 * _PETA,
+                "float4": 10 * _PETA, "int8": 5 * _PETA,
             },
             link_bandwidth=900 * _GIGA,
             num_linked=72,
         ),
-        # NVIDIA HGX data sheet, a board's 8 B200: FP4 144, FP8 72, 16 bits 36 PFLOPS with sparsity, twice the dense;
-        # FP32 600 TFLOPS; NVLink 1.8 TB/s each, both directions together.
+        # NVIDIA HGX data sheet, a board's 8 B200: FP4 144, FP8 and INT8 72, 16 bits 36 PFLOPS with sparsity, twice the
+        # dense; FP32 600 TFLOPS; NVLink 1.8 TB/s each, both directions together.
         _cuda_target(
             "b200",
             "NVIDIA B200",
@@ -211,7 +212,7 @@ TARGETS: dict[str, Target] = {
             },
             flops={
                 "bfloat16": 2.25 * _PETA, "float16": 2.25 * _PETA, "float32": 75 * _TERA, "float8": 4.5 * _PETA,
-                "float4": 9 * _PETA,
+                "float4": 9 * _PETA, "int8": 4.5 * _PETA,
             },
             link_bandwidth=900 * _GIGA,
             num_linked=8,
@@ -240,7 +241,8 @@ TARGETS: dict[str, Target] = {
             link_bandwidth=450 * _GIGA,
             num_linked=8,
         ),
-        # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOPS dense in 16 bits, 19.5 in FP32; NVLink 600 GB/s, both ways.
+        # NVIDIA A100 data sheet, SXM 80 GB: 312 TFLOPS dense in 16 bits, 624 in INT8, 19.5 in FP32; NVLink 600 GB/s,
+        # both ways.
         _cuda_target(
             "a100",
             "NVIDIA A100-SXM4-80GB",
@@ -250,7 +252,7 @@ TARGETS: dict[str, Target] = {
                 "l2_cache_size": 41_943_040, "device_memory_size": 85_100_068_864, "fpus_per_core": 64,
                 "shared_memory_per_core": 167_936, "shared_memory_per_block_optin": 166_912,
             },
-            flops={"bfloat16": 312 * _TERA, "float16": 312 * _TERA, "float32": 19.5 * _TERA},
+            flops={"bfloat16": 312 * _TERA, "float16": 312 * _TERA, "float32": 19.5 * _TERA, "int8": 624 * _TERA},
             link_bandwidth=300 * _GIGA,
             num_linked=8,
         ),
@@ -261,7 +263,7 @@ TARGETS: dict[str, Target] = {
             device_kind="cpu",
             memory_bytes=8 * 2**30,
             memory_bandwidth=20 * _GIGA,
-            flops={"bfloat16": 0.3 * _TERA, "float16": 0.1 * _TERA, "float32": 0.2 * _TERA},
+            flops={"bfloat16": 0.3 * _TERA, "float16": 0.1 * _TERA, "float32": 0.2 * _TERA, "int8": 0.4 * _TERA},
             link_bandwidth=10 * _GIGA,
             num_linked=1024,
             description="",

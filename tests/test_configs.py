@@ -7,6 +7,7 @@ import pytest
 
 from millrace import configs
 from millrace.models.decoder import AbstractDecoder
+from millrace.models.quantization import without_formats
 from millrace.runtime.deployment import deploy
 from millrace.runtime.memory_plan import plan_memory, planned_mesh
 from millrace.runtime.model_source import ARCHITECTURES, compute_dtype, open_model_config
@@ -24,7 +25,8 @@ def test_a_deployment_fits_its_target(name: str) -> None:
     assert config.target is not None, "plan and compile need no more than --config"
     machine = parse_target(config.target)
     mesh = planned_mesh(machine, dict(config.mesh or ()))
-    deployment = deploy(config, open_model_config(config.model, None), mesh, machine.target.memory_bytes)
+    model = open_model_config(config.model, None, config.quantization)
+    deployment = deploy(config, model, mesh, machine.target.memory_bytes)
     assert math.prod(mesh_sizes(mesh).values()) == machine.num_devices
     assert plan_memory(deployment, machine.target.memory_bytes).free > 0
 
@@ -35,7 +37,8 @@ def test_the_racks_other_meshes_fit_too(sizes: dict[str, int]) -> None:
     config = load_config("llama2_70b_gb300_nvl72").replace(mesh=sizes)
     machine = parse_target(str(config.target))
     mesh = planned_mesh(machine, sizes)
-    deployment = deploy(config, open_model_config(config.model, None), mesh, machine.target.memory_bytes)
+    model = open_model_config(config.model, None, config.quantization)
+    deployment = deploy(config, model, mesh, machine.target.memory_bytes)
     assert deployment.scheduler.num_shards == sizes["data"]
 
 
@@ -50,7 +53,7 @@ def test_the_racks_other_meshes_fit_too(sizes: dict[str, int]) -> None:
     ],
 )
 def test_a_bundled_architecture_has_as_many_parameters_as_published(model: str, num_params: float) -> None:
-    config = open_model_config(model, None)
+    config = without_formats(open_model_config(model, None))
     decoder = AbstractDecoder(config, compute_dtype(config, "bfloat16"))
     found = sum(spec.num_bytes for spec in flatten(decoder.specs)[0].values()) / 2
     assert found == pytest.approx(num_params, rel=1e-3)

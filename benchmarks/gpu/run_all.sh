@@ -1,10 +1,34 @@
 #!/usr/bin/env bash
-# Everything that wants one NVIDIA GPU, in one command: versions, parity with transformers' answers, throughput, streaming.
-# usage: benchmarks/gpu/run_all.sh [PYTHON]     PYTHON has the extras cuda and test; the default is .venv/bin/python
+# Everything that wants one NVIDIA GPU, in one command: kernels checked and timed beside others', the decode step,
+# offline throughput, and last a table of the targets. Results go to benchmarks/results/gpu_*.json.
+# usage: benchmarks/gpu/run_all.sh [PYTHON]     PYTHON has the extra cuda, and torch for its part of the peers;
+#                                               the default is .venv/bin/python
+# Each part has a process and a time limit of its own, so that one that fails takes nothing else with it: 9 minutes.
 set -u
 python=${1:-.venv/bin/python}
 cd "$(dirname "$0")/../.." || exit 1
-"$python" -m millrace.runtime.launch doctor
-"$python" -m pytest tests/test_parity.py tests/pallas_kernels -q -p no:cacheprovider -o timeout=0
-"$python" benchmarks/gpu/throughput.py
-"$python" benchmarks/gpu/streaming.py
+
+part() {
+    limit=$1
+    shift
+    echo "== $*  (at most $limit s)"
+    timeout --signal=INT --kill-after=10 "$limit" "$python" "$@" || echo "== ended with $?: $*"
+}
+
+part 15 -m millrace.runtime.launch doctor
+part 110 benchmarks/gpu/kernels.py --seconds=95
+part 210 benchmarks/gpu/offline.py --model=70b --seconds=60
+part 30 benchmarks/gpu/peers.py --library=torch
+part 100 benchmarks/gpu/offline.py --model=8b --seconds=25
+part 35 benchmarks/gpu/decode_step.py --model=8b
+part 30 benchmarks/gpu/peers.py --library=jax
+"$python" benchmarks/gpu/summary.py
+# Longer, and not of the nine minutes: FULL=1 benchmarks/gpu/run_all.sh
+if [ -n "${FULL:-}" ]; then
+    part 600 benchmarks/gpu/kernels.py --seconds=550
+    part 300 benchmarks/gpu/decode_step.py --model=70b --num_slots=128
+    part 900 -m pytest tests/test_parity.py tests/pallas_kernels -q -p no:cacheprovider -o timeout=0
+    part 300 benchmarks/gpu/throughput.py
+    part 600 benchmarks/gpu/streaming.py
+    "$python" benchmarks/gpu/summary.py
+fi

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+from random_weights import hf_config
 
 from millrace import Runtime, SamplingParams
 from millrace.models.decoder import AbstractDecoder
@@ -23,16 +24,6 @@ from millrace.runtime.param_tree import flatten
 from millrace.runtime.store_writer import save_store
 
 NEW_TOKENS = 16
-
-
-def hf_config(num_layers: int, scale: int) -> dict[str, object]:
-    """config.json of Llama-3.1-8B with fewer layers and narrower, its rope left plain."""
-    return {
-        "model_type": "llama", "hidden_size": 4096 // scale, "intermediate_size": 14336 // scale, "head_dim": 128,
-        "num_attention_heads": 32 // scale, "num_key_value_heads": max(8 // scale, 1), "num_hidden_layers": num_layers,
-        "vocab_size": 128256 // scale, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
-        "eos_token_id": 1, "dtype": "bfloat16",
-    }  # fmt: skip
 
 
 def make_store(folder: Path, config: dict[str, object]) -> int:
@@ -60,7 +51,7 @@ def main() -> None:
     prompts = [[3 + (7 * i + j) % 500 for j in range(16)] for i in range(options.requests)]
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         store = Path(folder) / "store"
-        num_bytes = make_store(store, hf_config(options.num_layers, options.scale))
+        num_bytes = make_store(store, hf_config("8b", num_layers=options.num_layers, scale=options.scale))
         expected = None
         for weights in ("resident", "host", "stream"):
             budget = {} if weights == "resident" else {"weights_memory": num_bytes // 4}

@@ -40,13 +40,14 @@ class ExportTensor:
 def export_plan(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> tuple[ExportTensor, ...]:
     """Every tensor of the model's checkpoint, layer by layer; `shapes` are those of the parameters by path.
 
-    A parameter gets the first of its spellings whose tensors are plain numbers. A tied head is not written.
+    Quantized weights become plain ones, of which `shapes` are. A parameter gets the first of its spellings. A tied
+    head is not written.
     """
     names = _published(model)
     available = frozenset(_all_names(model, names))
     parts: dict[str, list[ExportPart]] = {}
     # Names of layers or experts that the model has not are left over: all may be ignored, there is no checkpoint yet.
-    for path, leaf in tensor_plan(model, names, available, ignored=("",)).items():
+    for path, leaf in tensor_plan(model, names, available, ignored=("",), as_plain=True).items():
         for piece in leaf.pieces:
             part = ExportPart(path=path, index=piece.index, source=piece.source)
             parts.setdefault(piece.names[0], []).append(part)
@@ -58,8 +59,7 @@ def export_plan(model: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> tu
 
 def _published(model: ModelConfig) -> Names:
     """One spelling of each parameter."""
-    sources = FAMILIES[model.family].sources(model)
-    return {path: (next(source for source in spellings if not source.mxfp4),) for path, spellings in sources.items()}
+    return {path: spellings[:1] for path, spellings in FAMILIES[model.family].sources(model).items()}
 
 
 def _all_names(model: ModelConfig, names: Names) -> Iterator[str]:

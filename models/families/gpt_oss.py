@@ -37,11 +37,6 @@ def config_from_hf(reader: ConfigReader) -> ModelConfig:
         clamp_limit=reader.number("swiglu_limit"),
         swiglu_alpha=reader.number("swiglu_alpha"),
     )
-    if reader.get("quantization_config") is not None:
-        quantization = reader.section("quantization_config", {"quant_method": None})
-        quantization.choice("quant_method", {"mxfp4": None})
-        # Which tensors are packed is seen from their names, and all are dequantized when they are loaded.
-        quantization.ignore("modules_to_not_convert", "dequantize")
     windows = read_windows(reader, reader.integer("sliding_window"), lambda layer: layer % 2 == 0)
     layers = [LayerSpec(attention=each, mlp=moe) for each in alternate(attention, windows)]
     return read_model(reader, "gpt_oss", layers, default_dtype="bfloat16")  # published configs name none
@@ -57,10 +52,8 @@ def _read_rope(reader: ConfigReader, head_dim: int) -> RopeSpec:
 
 
 def _expert_weight(name: str, rows: slice = slice(None)) -> tuple[Source, ...]:
-    """Packed as [experts, out, groups of 32] and scales, or plain as [experts, in, out]."""
-    tensor = f"{LAYER}mlp.experts.{name}"
-    packed = Source(names=(f"{tensor}_blocks", f"{tensor}_scales"), mxfp4=True, axis=1, rows=rows)
-    return packed, Source(names=(tensor,), transpose=True, axis=1, rows=rows)
+    """Plain as [experts, in, out]."""
+    return (Source(names=(f"{LAYER}mlp.experts.{name}",), transpose=True, axis=1, rows=rows),)
 
 
 def sources(model: ModelConfig) -> Names:

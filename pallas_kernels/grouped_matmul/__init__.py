@@ -8,9 +8,12 @@ from jaxtyping import Array, Float, Int32
 
 from ...errors import KernelError
 from ..dispatch import Implementation, KernelChoices, Platform, anywhere
-from . import reference, xla
+from ..quantized_matmul import QuantizedWeight, WeightFormat
+from . import blackwell, hopper, reference, xla
 
-__all__ = ["TABLE", "GroupedMatmulProblem", "grouped_matmul"]
+__all__ = ["TABLE", "GroupedMatmulProblem", "Weight", "grouped_matmul"]
+
+Weight = Float[Array, "E out in"] | QuantizedWeight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,14 +21,18 @@ class GroupedMatmulProblem:
     """What an implementation may be unable to serve."""
 
     platform: Platform
+    format: WeightFormat | None  # None: plain weights
     num_groups: int
     num_rows: int
     in_dim: int
     out_dim: int
     dtype: str
+    device_kind: str = ""  # what jax calls the devices
 
 
 TABLE: tuple[Implementation[GroupedMatmulProblem], ...] = (
+    Implementation("hopper", hopper.grouped_matmul, hopper.unsupported, is_tuned=True),
+    Implementation("blackwell", blackwell.grouped_matmul, blackwell.unsupported, is_tuned=True),
     Implementation("xla", xla.grouped_matmul, anywhere),
     Implementation("reference", reference.grouped_matmul, anywhere),
 )
@@ -33,7 +40,7 @@ TABLE: tuple[Implementation[GroupedMatmulProblem], ...] = (
 
 def grouped_matmul(
     x: Float[Array, "M in"],
-    weight: Float[Array, "E out in"],
+    weight: Weight,
     group_sizes: Int32[Array, " E"],
     *,
     kernels: KernelChoices,
@@ -41,8 +48,9 @@ def grouped_matmul(
 ) -> Float[Array, "M out"]:
     """Row m times the transposed weight of its group; rows are sorted by group and group e has group_sizes[e] of them.
 
-    Accumulated in float32 (no TF32), as out_dtype (x's own if None); differentiable in x and weight. Rows beyond the
-    sum of the sizes give zeros. Raises KernelError if the shapes disagree or the implementation cannot serve.
+    Accumulated in float32 (no TF32), as out_dtype (x's own if None); differentiable where the weight is plain. Rows
+    beyond the sum of the sizes give zeros. Raises KernelError if the shapes disagree or the implementation cannot
+    serve.
     """
     if x.ndim != 2 or weight.ndim != 3 or x.shape[1] != weight.shape[2] or group_sizes.shape != weight.shape[:1]:
         raise KernelError(
@@ -50,11 +58,13 @@ def grouped_matmul(
         )
     problem = GroupedMatmulProblem(
         platform=kernels.platform,
+        format=weight.format if isinstance(weight, QuantizedWeight) else None,
         num_groups=weight.shape[0],
         num_rows=x.shape[0],
         in_dim=x.shape[1],
         out_dim=weight.shape[1],
         dtype=x.dtype.name,
+        device_kind=kernels.device_kind,
     )
     chosen = kernels.choose("grouped_matmul", TABLE, problem)
     output: jax.Array = chosen.fn(x, weight, group_sizes, platform=kernels.platform, out_dtype=out_dtype or x.dtype)

@@ -7,6 +7,7 @@ have few rows, arithmetic where they have many.
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,16 +15,26 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..dispatch import Platform
+from ..quantized_matmul import QuantizedWeight
+from ..quantized_matmul.xla import matmul
 
 MIN_TILE_ROWS = {"cpu": 8, "gpu": 16}  # tensor cores want 16
 MAX_TILE_ROWS = {"cpu": 64, "gpu": 128}
 
 
 def grouped_matmul(
-    x: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, platform: Platform, out_dtype: DTypeLike
-) -> jax.Array:
+    x: jax.Array, weight: jax.Array | QuantizedWeight, group_sizes: jax.Array, *, platform: Platform,
+    out_dtype: DTypeLike,
+) -> jax.Array:  # fmt: skip
     """See the contract."""
     tile_rows = _tile_rows(x.shape[0], weight.shape[0], platform)
+    if isinstance(weight, QuantizedWeight):
+
+        def product(rows: jax.Array, group: jax.Array) -> jax.Array:
+            one = jax.tree.map(lambda array: array[group], weight)
+            return matmul(rows, one, platform=platform, out_dtype=jnp.float32)
+
+        return _map_tiles(tile_rows, x, group_sizes, product, jnp.zeros((x.shape[0], weight.shape[1]), out_dtype))
     return _grouped_matmul(tile_rows, jnp.dtype(out_dtype), x, weight, group_sizes)
 
 
@@ -41,7 +52,8 @@ def _tile_rows(num_rows: int, num_groups: int, platform: Platform) -> int:
 def _grouped_matmul(
     tile_rows: int, out_dtype: jnp.dtype, x: jax.Array, weight: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    return _map_tiles(tile_rows, out_dtype, x, weight, group_sizes, contract_axis=2)
+    output = jnp.zeros((x.shape[0], weight.shape[1]), out_dtype)
+    return _map_tiles(tile_rows, x, group_sizes, lambda rows, group: _dot(rows, weight[group], (1, 1)), output)
 
 
 def _forward(
@@ -54,7 +66,9 @@ def _backward(
     tile_rows: int, out_dtype: jnp.dtype, saved: tuple[jax.Array, ...], cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
     x, weight, group_sizes = saved
-    x_grad = _map_tiles(tile_rows, x.dtype, cotangent, weight, group_sizes, contract_axis=1)
+    x_grad = _map_tiles(
+        tile_rows, cotangent, group_sizes, lambda rows, group: _dot(rows, weight[group], (1, 0)), jnp.zeros_like(x)
+    )
     tiles, padded_x = _Tiles.of(group_sizes, tile_rows), _pad_rows(x, tile_rows)
     padded_cotangent = _pad_rows(cotangent, tile_rows)
 
@@ -99,21 +113,22 @@ class _Tiles(NamedTuple):
 
 
 def _map_tiles(
-    tile_rows: int, out_dtype: jnp.dtype, x: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, contract_axis: int
+    tile_rows: int,
+    x: jax.Array,
+    group_sizes: jax.Array,
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    zeros: jax.Array,
 ) -> jax.Array:
-    """Each row times its group's weight, contracted over that axis of [E, out, in]."""
+    """Where `zeros` were, the `product` of each row and the number of its group, computed tile by tile."""
     tiles, padded = _Tiles.of(group_sizes, tile_rows), _pad_rows(x, tile_rows)
 
     def write_tile(tile: jax.Array, output: jax.Array) -> jax.Array:
         group, start, used = tiles.place(tile)
-        product = _dot(jax.lax.dynamic_slice_in_dim(padded, start, tile_rows), weight[group], (1, contract_axis - 1))
-        product = jnp.where(used, product, 0).astype(out_dtype)
-        return jax.lax.dynamic_update_slice_in_dim(output, product, start, axis=0)
+        rows = product(jax.lax.dynamic_slice_in_dim(padded, start, tile_rows), group)
+        rows = jnp.where(used, rows, 0).astype(output.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(output, rows, start, axis=0)
 
-    out_dim = weight.shape[3 - contract_axis]
-    output: jax.Array = jax.lax.fori_loop(
-        0, tiles.num_tiles, write_tile, jnp.zeros((padded.shape[0], out_dim), out_dtype)
-    )
+    output: jax.Array = jax.lax.fori_loop(0, tiles.num_tiles, write_tile, _pad_rows(zeros, tile_rows))
     return output[: x.shape[0]]
 
 

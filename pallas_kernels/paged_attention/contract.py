@@ -1,11 +1,25 @@
-"""The words of the paged attention contract: what a step brings (PagedBatch) and what is compiled in (the specs)."""
+"""The words of the paged attention contract: the cache, what a step brings, and what is compiled in (the specs)."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jaxtyping import Array, Int32
 
 from ..dispatch import Platform
+
+CacheDType = Literal["float32", "bfloat16", "float16", "float8_e4m3fn", "int8"]
+
+
+class KvCache[T](NamedTuple):
+    """Keys (0) and values (1) of all layers' tokens, or in T's place what describes each array: a spec, axes.
+
+    int8 has a float32 scale for each token and head, max|x| / 127 over the head dimension, and stands for
+    value * scale. float8_e4m3fn is a saturating cast (finite numbers stay finite), the others a plain one: no scales.
+    uint8 holds the bits of float8_e4m3fn, for compilers that would widen all of a float8 array to write one row of it.
+    """
+
+    values: T  # [L, P, 2, K, Z, H]
+    scales: T | None  # [L, P, 2, K, Z] float32 beside int8, else None
 
 
 class PagedBatch(NamedTuple):
@@ -35,11 +49,12 @@ class PagedAttentionProblem:
     """What an implementation may be unable to serve."""
 
     platform: Platform
+    device_kind: str = ""  # what jax calls the devices
     spec: PagedAttentionSpec
     num_heads: int
     num_kv_heads: int
     head_dim: int
     page_size: int
     dtype: str  # of the queries
-    cache_dtype: str
+    cache_dtype: str  # of the cache's values as they are stored
     has_sinks: bool

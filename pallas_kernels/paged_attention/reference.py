@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from .contract import PagedAttentionSpec, PagedBatch
+from .contract import KvCache, PagedAttentionSpec, PagedBatch
 
 
 def paged_attention(
     q: jax.Array,
-    cache: jax.Array,
+    cache: KvCache[jax.Array],
     layer: jax.Array,
     batch: PagedBatch,
     *,
@@ -17,9 +17,9 @@ def paged_attention(
 ) -> jax.Array:
     """See the contract; memory is T times the keys of the longest page table."""
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = cache.shape[3]
+    num_kv_heads = cache.values.shape[3]
     slot, position = _row_places(batch, num_rows, spec)
-    pages = cache.at[layer, batch.page_tables[slot]].get(mode="clip").astype(jnp.float32)
+    pages = _dequantized(cache, layer, batch.page_tables[slot])
     keys, values = jnp.moveaxis(pages, 2, 0)  # each [T, pages_per_slot, K, Z, H]
     keys, values = (jnp.swapaxes(x, 1, 2).reshape(num_rows, num_kv_heads, -1, head_dim) for x in (keys, values))
 
@@ -42,6 +42,21 @@ def paged_attention(
     mixed = jnp.einsum("tkgs,tksh->tkgh", weights, values, precision="highest")
     output = mixed / jnp.where(total == 0.0, 1.0, total)
     return output.reshape(num_rows, num_heads, head_dim).astype(q.dtype)
+
+
+def _dequantized(cache: KvCache[jax.Array], layer: jax.Array, pages: jax.Array) -> jax.Array:
+    """These pages of one layer in float32, [*pages, 2, K, Z, H]."""
+    values = widened(cache.values.at[layer, pages].get(mode="clip"), jnp.dtype("float32"))
+    if cache.scales is None:
+        return values
+    return values * cache.scales.at[layer, pages].get(mode="clip")[..., None]
+
+
+def widened(values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """What a part of the cache's values holds, in another dtype."""
+    if values.dtype == jnp.uint8:
+        values = jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
+    return values.astype(dtype)
 
 
 def _row_places(batch: PagedBatch, num_rows: int, spec: PagedAttentionSpec) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ per tile, from [layer, page] of the whole cache, so cost follows the real length
 gathered whole. The softmax is the running one (Milakov and Gimelshein 2018; FlashAttention). A step of one query per
 slot is B tiles of one row, all at once. In a mixed step the slots of one query still go that way, and the others
 are cut into tiles of 16 to 32 rows, in a loop that ends with the last tile in use.
+The scales of an int8 block multiply the scores and the weights, so that the block itself is only widened.
 On the CPU gathering the keys bounds the first (memory), the two dots and the exponentials the second.
 """
 
@@ -14,7 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .contract import PagedAttentionSpec, PagedBatch
+from .contract import KvCache, PagedAttentionSpec, PagedBatch
+from .reference import widened
 
 MIN_TILE_ROWS, MAX_TILE_ROWS = 16, 32
 TILES_AT_ONCE = 4
@@ -42,7 +44,7 @@ class _Softmax(NamedTuple):
 
 def paged_attention(
     q: jax.Array,
-    cache: jax.Array,
+    cache: KvCache[jax.Array],
     layer: jax.Array,
     batch: PagedBatch,
     *,
@@ -64,7 +66,7 @@ def paged_attention(
 
 
 def _attend_tiles(
-    q: jax.Array, cache: jax.Array, layer: jax.Array, batch: PagedBatch, query_lens: jax.Array,
+    q: jax.Array, cache: KvCache[jax.Array], layer: jax.Array, batch: PagedBatch, query_lens: jax.Array,
     spec: PagedAttentionSpec, sinks: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """The rows of the slots with query_lens > 0, zeros in all others."""
@@ -92,12 +94,13 @@ def _attend_tiles(
 
 
 def _attend(
-    tiles: _Tiles, cache: jax.Array, layer: jax.Array, spec: PagedAttentionSpec, sinks: jax.Array | None
+    tiles: _Tiles, cache: KvCache[jax.Array], layer: jax.Array, spec: PagedAttentionSpec, sinks: jax.Array | None
 ) -> jax.Array:
     """Every row of the tiles over the keys it sees, [C, M, N, H]; zeros where there is no query, or no key."""
     num_tiles, num_rows, _, head_dim = tiles.q.shape
-    num_kv_heads, page_size = cache.shape[3:5]
-    dtype = tiles.q.dtype if cache.dtype.itemsize <= tiles.q.dtype.itemsize else cache.dtype
+    num_kv_heads, page_size = cache.values.shape[3:5]
+    # The narrower of the two is widened; bfloat16 and float16 hold all of float8_e4m3fn's and int8's numbers.
+    dtype = max(tiles.q.dtype, cache.values.dtype, key=lambda d: d.itemsize)
     q = tiles.q.astype(dtype).reshape(num_tiles, num_rows, num_kv_heads, -1, head_dim)
     q = jnp.moveaxis(q, 1, 2)  # [C, K, M, G, H]
 
@@ -110,10 +113,17 @@ def _attend(
         page = first_page[:, None] + turn * block_pages + jnp.arange(block_pages)
         key = (page[:, :, None] * page_size + jnp.arange(page_size)).reshape(num_tiles, -1)  # positions [C, S]
         pages = jnp.take_along_axis(tiles.page_tables, page, axis=1, mode="clip")
-        keys, values = (_gather(cache, layer, pages, which).astype(dtype) for which in (0, 1))
+        keys, values = (widened(_gather(cache.values, layer, pages, which), dtype) for which in (0, 1))
+        scores = spec.scale * _dot("ckmgh,cksh->ckmgs", q, keys)
         # A weight of 0 does not hide a NaN, so what lies beyond the tile's keys is read as 0.
-        values = jnp.where((key < end_key[:, None])[:, None, :, None], values, 0)
-        return _add_block(state, _scores(q, keys, tiles.positions, key, spec), values)
+        is_key = (key < end_key[:, None])[:, None, :]
+        values = jnp.where(is_key[..., None], values, 0)
+        value_scales = None
+        if cache.scales is not None:
+            key_scales, value_scales = (_gather(cache.scales, layer, pages, which) for which in (0, 1))
+            scores = scores * key_scales[:, :, None, None]
+            value_scales = jnp.where(is_key, value_scales, 0)
+        return _add_block(state, _masked(scores, tiles.positions, key, spec), values, value_scales)
 
     num_turns = jnp.max((end_key - first_page * page_size + block_pages * page_size - 1) // (block_pages * page_size))
     state = jax.lax.fori_loop(0, num_turns, attend_block, _empty_softmax(q, sinks))
@@ -131,17 +141,18 @@ def _visible_range(positions: jax.Array, window: int | None) -> tuple[jax.Array,
     return jnp.clip(first, 0, end), end
 
 
-def _gather(cache: jax.Array, layer: jax.Array, pages: jax.Array, which: int) -> jax.Array:
-    """The keys (0) or values (1) of pages [C, b] of one layer, [C, K, b * Z, H]."""
-    num_tiles, num_kv_heads, head_dim = pages.shape[0], cache.shape[3], cache.shape[5]
+def _gather(array: jax.Array, layer: jax.Array, pages: jax.Array, which: int) -> jax.Array:
+    """What an array [L, P, 2, K, Z, ...] has of the keys (0) or values (1) of pages [C, b] of one layer,
+    [C, K, b * Z, ...].
+    """
+    num_tiles, num_kv_heads = pages.shape[0], array.shape[3]
     heads = jnp.arange(num_kv_heads)[:, None]  # as indices, not a slice, so that the result needs no transpose
-    block = cache.at[layer, pages[:, None], which, heads].get(mode="clip")
-    return block.reshape(num_tiles, num_kv_heads, -1, head_dim)
+    block = array.at[layer, pages[:, None], which, heads].get(mode="clip")
+    return block.reshape(num_tiles, num_kv_heads, -1, *array.shape[5:])
 
 
-def _scores(q: jax.Array, keys: jax.Array, positions: jax.Array, key: jax.Array, spec: PagedAttentionSpec) -> jax.Array:
-    """Scaled, capped and masked scores of queries at `positions` [C, M] and keys at `key` [C, S], [C, K, M, G, S]."""
-    scores = spec.scale * _dot("ckmgh,cksh->ckmgs", q, keys)
+def _masked(scores: jax.Array, positions: jax.Array, key: jax.Array, spec: PagedAttentionSpec) -> jax.Array:
+    """Scores [C, K, M, G, S] of queries at `positions` [C, M] and keys at `key` [C, S], capped and masked."""
     if spec.soft_cap is not None:
         scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
     visible = key[:, None] <= positions[:, :, None]
@@ -160,13 +171,19 @@ def _empty_softmax(q: jax.Array, sinks: jax.Array | None) -> _Softmax:
     return _Softmax(top, jnp.ones(shape, jnp.float32), mixed)
 
 
-def _add_block(state: _Softmax, scores: jax.Array, values: jax.Array) -> _Softmax:
-    """The softmax with S more keys. What a row sums before its first visible key decays to exactly 0 at that key."""
+def _add_block(state: _Softmax, scores: jax.Array, values: jax.Array, value_scales: jax.Array | None) -> _Softmax:
+    """The softmax with S more keys, values [C, K, S, H] standing for value * scale [C, K, S].
+
+    What a row sums before its first visible key decays to exactly 0 at that key.
+    """
     top = jnp.maximum(state.top, scores.max(-1))
     weights = jnp.exp(scores - top[..., None])
     decay = jnp.exp(state.top - top)
+    total = state.total * decay + weights.sum(-1)
+    if value_scales is not None:
+        weights = weights * value_scales[:, :, None, None]
     mixed = _dot("ckmgs,cksh->ckmgh", weights.astype(values.dtype), values)
-    return _Softmax(top, state.total * decay + weights.sum(-1), state.mixed * decay[..., None] + mixed)
+    return _Softmax(top, total, state.mixed * decay[..., None] + mixed)
 
 
 def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,4 +1,6 @@
-"""Activations times a weight [out, in]: every linear layer."""
+"""Activations times a weight [out, in], plain or quantized: every linear layer."""
+
+import math
 
 import jax
 from jax.typing import DTypeLike
@@ -6,12 +8,15 @@ from jaxtyping import Array, Float
 
 from ...errors import KernelError
 from ..dispatch import Implementation, KernelChoices, anywhere
-from . import reference, xla
-from .contract import MatmulProblem, QuantizedWeight, Weight
+from . import blackwell, block_scaled, hopper, reference, xla
+from .contract import FORMATS, MatmulProblem, QuantizedWeight, Weight, WeightFormat
 
-__all__ = ["TABLE", "MatmulProblem", "QuantizedWeight", "Weight", "matmul"]
+__all__ = ["FORMATS", "TABLE", "MatmulProblem", "QuantizedWeight", "Weight", "WeightFormat", "matmul"]
 
 TABLE: tuple[Implementation[MatmulProblem], ...] = (
+    Implementation("hopper", hopper.matmul, hopper.unsupported, is_tuned=True),
+    Implementation("blackwell", blackwell.matmul, blackwell.unsupported, is_tuned=True),
+    Implementation("block_scaled", block_scaled.matmul, block_scaled.unsupported),
     Implementation("xla", xla.matmul, anywhere),
     Implementation("reference", reference.matmul, anywhere),
 )
@@ -30,10 +35,12 @@ def matmul(
         raise KernelError(f"a weight [out, in] = {weight.shape} wants activations of width {in_dim}, got {x.shape}")
     problem = MatmulProblem(
         platform=kernels.platform,
-        format="int8_channel" if isinstance(weight, QuantizedWeight) else "plain",
+        format=weight.format if isinstance(weight, QuantizedWeight) else None,
+        num_rows=math.prod(x.shape[:-1]),
         in_dim=in_dim,
         out_dim=out_dim,
         dtype=x.dtype.name,
+        device_kind=kernels.device_kind,
     )
     chosen = kernels.choose("quantized_matmul", TABLE, problem)
     output: jax.Array = chosen.fn(x, weight, platform=kernels.platform, out_dtype=out_dtype or x.dtype)

@@ -52,6 +52,7 @@ COMMANDS = {
         Command("compile", "compile a deployment's programs for hardware that need not be here"),
         Command("convert", "write a checkpoint as a store, which loads fast and streams"),
         Command("export", "write a store as a Hugging Face checkpoint"),
+        Command("eval-quant", "bits per byte and KL of quantized weights and caches, against the plain model"),
         Command("verify-store", "check every byte of a store"),
         Command("cache", "list, verify and remove the stores of checkpoints that were opened"),
         Command("group", "start all processes of a group on this machine, and again when one of them dies"),

@@ -58,7 +58,7 @@ def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
     if machine is not None:
         stay_on_cpus(machine.num_devices if machine.target.platform == "cpu" else 1)
     mesh = make_mesh(dict(config.mesh or ()), machine.compile_devices() if machine else None)
-    model = open_model_config(config.model, config.revision)
+    model = open_model_config(config.model, config.revision, config.quantization)
     deployment = deploy(config, model, mesh, machine.target.memory_bytes if machine else device_memory(mesh))
     return write_artifact(
         folder,

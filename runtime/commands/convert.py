@@ -1,14 +1,20 @@
 """`millrace convert SRC DST`: write a Hugging Face checkpoint, or a store in another dtype, as a store.
 
+--quantization makes plain weights int8, fp8, int4, nvfp4, mxfp4, mxfp8 or fp8_block; without it they stay as they are,
+quantized ones included. Embeddings, norms and routers stay plain, a head of its own gets 8 bits. With --calibrate they
+are rounded to what the model computes of a text, which costs a forward over it and keeps more of the model's quality.
+
 SRC is a folder, a store or org/name on the hub; DST a new or empty folder, or a URL such as gs://bucket/model. The
 store is there once its manifest is, which is written last. An interrupted conversion goes on where it was when the
 same command is run again. The store's place goes to stdout, all else to stderr.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 from ...errors import ConfigError
+from ..config import Quantization
 from ..flags import Group, Option
 
 if TYPE_CHECKING:
@@ -22,6 +28,11 @@ GROUPS = (
             Option("destination", "text", "a new or empty folder, or a URL; or this conversion's own, to go on"),
             Option("revision", "text", "branch, tag or commit of a source on the hub"),
             Option("dtype", "text", "bfloat16 (bf16), float16 (fp16) or float32 (fp32); the source's own by default"),
+            Option("quantization", "text", f"what plain weights are made: {', '.join(get_args(Quantization))}"),
+            Option(
+                "group_size", "integer", "inputs that share a scale: 32, 64 or 128, in int4 (64) and fp8_block (128)"
+            ),
+            Option("calibrate", "text", "a file of text that quantized weights are fitted to; 4,096 tokens at least"),
             Option("progress", "switch", "a progress bar on stderr", True),
             Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
         ),
@@ -38,13 +49,24 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     name = DTYPES.get(values["dtype"], values["dtype"])
     if name is not None and name not in DTYPES.values():
         raise ConfigError(f"dtype should be one of {', '.join(DTYPES.values())}; got {name!r}")
+    if values["group_size"] is not None and values["quantization"] is None:
+        raise ConfigError("group_size goes with quantization, as in --quantization=int4 --group_size=128")
     import jax.numpy as jnp
 
+    from ...models.families.quantization import wanted_format
     from ..convert import convert
     from ..model_source import open_weights
 
     source = open_weights(values["source"], values["revision"])
     dtype = None if name is None else jnp.dtype(name)
-    store = convert(source, values["destination"], dtype=dtype, show_progress=values["progress"])
+    quantization = wanted_format(source.config, values["quantization"], values["group_size"], values["source"])
+    store = convert(
+        source,
+        values["destination"],
+        dtype=dtype,
+        quantization=quantization,
+        calibrate=None if values["calibrate"] is None else Path(values["calibrate"]),
+        show_progress=values["progress"],
+    )
     print(store.url)
     return 0

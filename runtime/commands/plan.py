@@ -47,7 +47,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
 
     stay_on_cpus(math.prod(size for _, size in config.mesh or ()))
     machine = parse_target(config.target or "cpu")
-    model = open_model_config(config.model, config.revision)
+    model = open_model_config(config.model, config.revision, config.quantization)
     workload = Workload(prompt_len=values["prompt_len"], output_len=values["output_len"])
     plan = plan_deployment(config, model, machine, workload, compiles=values["compile"])
     meshes = sweep(config, model, machine, workload) if values["sweep"] else None

@@ -17,6 +17,7 @@ from millrace.models.decoder import AbstractDecoder
 from millrace.models.families import config_from_hf, tensor_plan
 from millrace.models.families.export import export_config, export_plan
 from millrace.models.families.source import Source
+from millrace.models.quantization import without_formats
 
 CHECKPOINTS = Path(__file__).parent.parent / "fixtures" / "checkpoints"
 NAMES = sorted(path.name for path in CHECKPOINTS.iterdir())
@@ -26,6 +27,11 @@ SPELLED_ANEW = {"gemma3_nested", "gpt_oss_mxfp4"}  # part of a multimodal model;
 def read_config(name: str) -> dict[str, Any]:
     config: dict[str, Any] = json.loads((CHECKPOINTS / name / "config.json").read_text())
     return config
+
+
+def read_model(name: str) -> ModelConfig:
+    """As it is exported: plain."""
+    return without_formats(config_from_hf(read_config(name)))
 
 
 def read_shapes(name: str) -> dict[str, tuple[int, ...]]:
@@ -52,12 +58,12 @@ def without(config: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SPELLED_ANEW])
 def test_tensors_have_the_names_and_shapes_of_the_published_checkpoint(name: str) -> None:
-    assert exported_shapes(config_from_hf(read_config(name))) == read_shapes(name)
+    assert exported_shapes(read_model(name)) == read_shapes(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_parts_of_a_tensor_fill_every_element_once(name: str) -> None:
-    model = config_from_hf(read_config(name))
+    model = read_model(name)
     shapes = leaf_shapes(model)
     for tensor in export_plan(model, shapes):
         times = np.zeros(tensor.shape, np.int8)
@@ -70,7 +76,7 @@ def test_the_parts_of_a_tensor_fill_every_element_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_part_of_every_parameter_is_exported_once(name: str) -> None:
-    model = config_from_hf(read_config(name))
+    model = read_model(name)
     shapes = leaf_shapes(model)
     found = [(part.path, part.index) for tensor in export_plan(model, shapes) for part in tensor.parts]
     plan = tensor_plan(model, exported_shapes(model))
@@ -78,7 +84,7 @@ def test_every_part_of_every_parameter_is_exported_once(name: str) -> None:
 
 
 def test_packed_experts_become_plain_ones() -> None:
-    model = config_from_hf(read_config("gpt_oss_mxfp4"))
+    model = read_model("gpt_oss_mxfp4")
     mlp, names = model.layers[0].mlp, exported_shapes(model)
     assert names["model.layers.0.mlp.experts.gate_up_proj"] == (6, model.embed_dim, 2 * mlp.mlp_dim)
     assert not any(name.endswith(("_blocks", "_scales")) for name in names)
@@ -108,9 +114,8 @@ def test_a_part_is_placed_where_its_source_reads_it() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_config_describes_the_same_model_in_the_exported_dtype(name: str) -> None:
-    config = read_config(name)
-    exported = config_from_hf(export_config(config, "float16"))
-    assert exported == dataclasses.replace(config_from_hf(config), dtype="float16")
+    exported = config_from_hf(export_config(read_config(name), "float16"))
+    assert exported == dataclasses.replace(read_model(name), dtype="float16")
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SPELLED_ANEW])

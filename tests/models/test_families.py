@@ -221,7 +221,7 @@ def test_the_nested_gemma3_equals_the_text_config_in_it() -> None:
         ("rope_scaling", {"type": "linear", "factor": 0.5}, "at least 1"),
         ("rope_scaling", {"type": "linear", "rope_type": "yarn", "factor": 2.0}, "contradicts itself"),
         ("partial_rotary_factor", 0.5, "'partial_rotary_factor' should be 1"),
-        ("quantization_config", {"quant_method": "gptq"}, "'quantization_config' is"),
+        ("quantization_config", {"quant_method": "spqr"}, "'quant_method' should be one of millrace"),
         ("sliding_window", 8, "'sliding_window' is 8"),
         ("auto_map", {"AutoModel": "evil.Model"}, "'auto_map' is"),
     ],
@@ -244,7 +244,7 @@ def test_a_bad_value_is_refused_with_what_was_expected(key: str, value: Any, wan
         ("Phi-4-mini-instruct", {"partial_rotary_factor": 1.5}, "at most 1"),
         ("Phi-4-mini-instruct", {"partial_rotary_factor": 1.0}, "a list of 64 finite numbers"),
         ("Phi-4-mini-instruct", {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "'auto_map' should be null"),
-        ("gpt-oss-20b", {"quantization_config": {"quant_method": "fp8"}}, "'quant_method' should be one of mxfp4"),
+        ("gpt-oss-20b", {"quantization_config": {"quant_method": "spqr"}}, "'quant_method' should be one of"),
         ("gpt-oss-20b", {"experts_per_token": 2}, "'experts_per_token' should be 4"),
     ],
 )

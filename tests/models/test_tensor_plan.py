@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -16,7 +15,7 @@ from millrace import CheckpointError
 from millrace.models.config import MoeSpec
 from millrace.models.decoder import AbstractDecoder
 from millrace.models.families import FAMILIES, config_from_hf, tensor_plan
-from millrace.models.families.source import FP4_VALUES, Source
+from millrace.models.families.source import Source
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = sorted(path.name for path in (FIXTURES / "checkpoints").iterdir())
@@ -52,7 +51,9 @@ def shapes_of(tensors: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plan_makes_every_parameter_of_the_decoder_in_its_shape(name: str) -> None:
     config, tensors = config_from_hf(read_config(name)), read_tensors(name)
-    shapes = {path: leaf.shape(shapes_of(tensors)) for path, leaf in tensor_plan(config, tensors).items()}
+    shapes = {
+        path: leaf.shape(shapes_of(tensors)) for path, leaf in tensor_plan(config, tensors, read_config(name)).items()
+    }
     specs = AbstractDecoder(config, jnp.dtype("float32")).specs
     leaves = jax.tree.leaves_with_path(specs, is_leaf=lambda node: not isinstance(node, dict))
     assert shapes == {"/".join(key.key for key in path): spec.shape for path, spec in leaves}
@@ -61,7 +62,7 @@ def test_the_plan_makes_every_parameter_of_the_decoder_in_its_shape(name: str) -
 @pytest.mark.parametrize("name", NAMES)
 def test_the_pieces_have_the_shapes_that_were_planned_and_fill_the_leaf_once(name: str) -> None:
     tensors = read_tensors(name)
-    for leaf in tensor_plan(config_from_hf(read_config(name)), tensors).values():
+    for leaf in tensor_plan(config_from_hf(read_config(name)), tensors, read_config(name)).values():
         shape = leaf.shape(shapes_of(tensors))
         leading = shape[: len(leaf.pieces[0].index)]
         assert [piece.index for piece in leaf.pieces] == list(np.ndindex(leading))
@@ -71,7 +72,7 @@ def test_the_pieces_have_the_shapes_that_were_planned_and_fill_the_leaf_once(nam
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_of_the_checkpoint_is_read(name: str) -> None:
     tensors = read_tensors(name)
-    plan = tensor_plan(config_from_hf(read_config(name)), tensors)
+    plan = tensor_plan(config_from_hf(read_config(name)), tensors, read_config(name))
     used = {tensor for leaf in plan.values() for piece in leaf.pieces for tensor in piece.names}
     assert set(tensors) - used == {tensor for tensor in tensors if tensor.startswith("vision_tower.")}
 
@@ -79,7 +80,7 @@ def test_every_tensor_of_the_checkpoint_is_read(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if "mxfp4" not in name])
 def test_every_element_of_the_read_tensors_is_placed_once(name: str) -> None:
     tensors = {key: np.arange(value.size).reshape(value.shape) for key, value in read_tensors(name).items()}
-    plan = tensor_plan(config_from_hf(read_config(name)), tensors)
+    plan = tensor_plan(config_from_hf(read_config(name)), tensors, read_config(name))
     placed: dict[str, list[np.ndarray]] = {}
     for piece in (piece for leaf in plan.values() for piece in leaf.pieces):
         placed.setdefault(piece.names[0], []).append(piece.build(tensors).reshape(-1))
@@ -147,31 +148,6 @@ def test_stacked_experts_give_what_single_ones_give(name: str) -> None:
                 whole[piece.index] = piece.build(tensors)
             wholes.append(whole)
         np.testing.assert_array_equal(*wholes)
-
-
-def test_mxfp4_unpacks_to_the_values_of_its_definition() -> None:
-    random = np.random.default_rng(0)
-    blocks = random.integers(0, 256, (3, 4, 2, 16), np.uint8)
-    scales = random.integers(0, 250, (3, 4, 2), np.uint8)
-    source = Source(names=("blocks", "scales"), mxfp4=True, axis=1, rows=slice(1, None, 2))
-    nibbles = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(3, 4, 2, 32)
-    values = np.asarray(FP4_VALUES)[nibbles] * np.exp2(scales.astype(float) - 127)[..., None]
-    unpacked = source.build([blocks, scales])
-    assert unpacked.dtype == ml_dtypes.bfloat16
-    np.testing.assert_array_equal(unpacked.astype(float), values.reshape(3, 4, 64)[:, 1::2])
-    assert source.shape([blocks.shape, scales.shape]) == unpacked.shape
-
-
-def test_an_mxfp4_scale_that_is_not_a_number_gives_nan() -> None:
-    source = Source(names=("blocks", "scales"), mxfp4=True, axis=1)
-    unpacked = source.build([np.zeros((1, 1, 1, 16), np.uint8), np.full((1, 1, 1), 255, np.uint8)])
-    assert np.isnan(unpacked.astype(float)).all()
-
-
-@pytest.mark.parametrize("shapes", [[(2, 4, 1, 16), (2, 4, 2)], [(2, 4, 1, 8), (2, 4, 1)], [(2, 4, 16), (2, 4)]])
-def test_mxfp4_blocks_and_scales_that_do_not_fit_are_refused(shapes: list[tuple[int, ...]]) -> None:
-    with pytest.raises(CheckpointError, match="blocks and scales should be"):
-        Source(names=("blocks", "scales"), mxfp4=True, axis=1).shape(shapes)
 
 
 def test_a_tensor_with_too_few_axes_is_refused() -> None:

@@ -65,3 +65,9 @@ def test_choices_refuse_an_unknown_operation() -> None:
 def test_choices_refuse_an_unknown_platform() -> None:
     with pytest.raises(KernelError, match="'abacus'"):
         KernelChoices("abacus")  # type: ignore[arg-type]
+
+
+def test_a_tuned_implementation_is_given_the_device_kind() -> None:
+    tuned = Implementation("tuned", lambda x, *, device_kind: (x, device_kind), lambda problem: None, is_tuned=True)
+    kernels = KernelChoices("gpu", device_kind="NVIDIA H200")
+    assert kernels.choose("paged_attention", [tuned], 1).fn(3) == (3, "NVIDIA H200")

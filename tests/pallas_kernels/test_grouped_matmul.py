@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from millrace.errors import KernelError
-from millrace.pallas_kernels.dispatch import KernelChoices
-from millrace.pallas_kernels.grouped_matmul import TABLE, grouped_matmul
+from millrace.pallas_kernels.dispatch import KernelChoices, anywhere
+from millrace.pallas_kernels.grouped_matmul import TABLE, Weight, grouped_matmul
+from millrace.pallas_kernels.quantized_matmul import FORMATS, QuantizedWeight, WeightFormat
+from millrace.pallas_kernels.quantized_matmul.formats import dequantize, quantize
 
 IN, OUT = 24, 16
 
@@ -22,7 +24,11 @@ GROUPINGS: dict[str, tuple[int, list[int]]] = {
 }
 
 
-@pytest.fixture(params=[entry.name for entry in TABLE])
+# Kernels that are made for a chip have tests of their own.
+ANYWHERE = [entry.name for entry in TABLE if entry.unsupported is anywhere]
+
+
+@pytest.fixture(params=ANYWHERE)
 def kernels(request: pytest.FixtureRequest) -> KernelChoices:
     return KernelChoices("cpu", {"grouped_matmul": request.param})
 
@@ -38,12 +44,18 @@ def place(grouping: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sizes, np.int32), group
 
 
+def quantized(weight: jax.Array, format: WeightFormat) -> QuantizedWeight:
+    """Rounded by numpy, which is faster here than jax op by op, to the same numbers."""
+    made: QuantizedWeight = jax.tree.map(jnp.asarray, quantize(np.asarray(weight, np.float32), format))
+    return made
+
+
 def product(x: jax.Array, weight: jax.Array, group: np.ndarray) -> np.ndarray:
     padded = np.concatenate([np.float64(weight), np.zeros((1, *weight.shape[1:]))])
     return np.einsum("mi,moi->mo", np.float64(x), padded[group])
 
 
-def run(x: jax.Array, weight: jax.Array, sizes: np.ndarray, kernels: KernelChoices) -> jax.Array:
+def run(x: jax.Array, weight: Weight, sizes: np.ndarray, kernels: KernelChoices) -> jax.Array:
     return jax.jit(lambda *arrays: grouped_matmul(*arrays, kernels=kernels))(x, weight, sizes)
 
 
@@ -71,6 +83,17 @@ def test_rows_beyond_the_sum_and_weights_of_empty_groups_are_not_read(kernels: K
     x = x.at[sizes.sum() :].set(jnp.nan)
     weight = weight.at[np.flatnonzero(sizes == 0)].set(jnp.nan)
     np.testing.assert_allclose(run(x, weight, sizes, kernels), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_groups_meet_the_weights_that_they_stand_for(kernels: KernelChoices, name: str) -> None:
+    sizes, group = place("uneven")
+    x, weight = draw(len(group), 128), quantized(draw(len(sizes), 128, 128), FORMATS[name])
+    y, stands_for = run(x, weight, sizes, kernels), dequantize(jax.tree.map(np.asarray, weight))
+    expected = product(x, stands_for, group)
+    rounding = 1e-5 if FORMATS[name].activations == "own" else 0.04  # of activations
+    assert np.linalg.norm(y - expected) < rounding * np.linalg.norm(expected)
+    assert not np.any(y[group == len(sizes)])
 
 
 @pytest.mark.parametrize("grouping", ["singles", "uneven", "large"])
@@ -109,8 +132,8 @@ def test_float32_is_never_rounded_to_tf32(kernels: KernelChoices) -> None:
 
 def test_every_implementation_lowers_for_a_gpu() -> None:
     sizes, group = place("uneven")
-    for entry in TABLE:
-        kernels = KernelChoices("gpu", {"grouped_matmul": entry.name})
+    for name in ANYWHERE:
+        kernels = KernelChoices("gpu", {"grouped_matmul": name})
         step = jax.jit(lambda x, w, kernels=kernels: grouped_matmul(x, w, sizes, kernels=kernels))
         step.trace(draw(len(group), IN), draw(len(sizes), OUT, IN)).lower(lowering_platforms=("cuda",))
 

@@ -13,6 +13,7 @@ from millrace.errors import KernelError
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.pallas_kernels.paged_attention import (
     TABLE,
+    KvCache,
     PagedAttentionSpec,
     PagedBatch,
     paged_attention,
@@ -23,6 +24,7 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 3, 6, 2, 16, 8
 LAYER = 1
 SPEC = PagedAttentionSpec(scale=0.3)
 DECODE = dataclasses.replace(SPEC, one_query_per_slot=True)
+PORTABLE = [entry for entry in TABLE if not entry.is_tuned]  # those made for a chip have files of their own
 
 # (queries, keys) of each slot: a slot with keys and no query, an empty one, single queries, a whole prompt of several
 # tiles, a chunk late in a long context, lengths on both sides of a page's and of a block's edge.
@@ -42,9 +44,10 @@ class Case:
     batch: PagedBatch
 
     def run(self, implementation: str, spec: PagedAttentionSpec, **change: Any) -> np.ndarray:
-        """The implementation's answer; `change` replaces q, cache, batch or sinks, `dtype` is that of q and cache."""
+        """The implementation's answer; `change` replaces q, cache, batch, sinks, `dtype` or `cache_dtype`."""
         dtype = change.get("dtype", "float32")
-        q, cache = jnp.asarray(change.get("q", self.q), dtype), jnp.asarray(change.get("cache", self.cache), dtype)
+        q = jnp.asarray(change.get("q", self.q), dtype)
+        cache = stored(change.get("cache", self.cache), change.get("cache_dtype", dtype))
         out = attend(q, cache, change.get("batch", self.batch), change.get("sinks"), implementation, spec)
         assert out.dtype == dtype
         return np.asarray(out, np.float64)
@@ -60,6 +63,31 @@ class Case:
                     out[row + query] = attend_one(self.q[row + query], keys[seen], values[seen], spec, sinks)
             row += num_queries
         return out
+
+    def held(self, cache_dtype: str) -> "Case":
+        """The same slots with the keys and values that a cache of this dtype holds of them."""
+        values, scales = stored(self.cache, cache_dtype)
+        if cache_dtype == "uint8":
+            values = jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
+        held = np.asarray(values, np.float64) * (1 if scales is None else np.asarray(scales, np.float64)[..., None])
+        page = held.shape[4]
+        parts: list[list[np.ndarray]] = [[], []]
+        for table, num_keys in zip(self.batch.page_tables, self.batch.kv_lens, strict=True):
+            for which in (0, 1):
+                pages = held[LAYER, table[: -(-num_keys // page)], which]  # [pages, K, Z, H]
+                parts[which].append(np.moveaxis(pages, 2, 1).reshape(-1, pages.shape[1], HEAD_DIM)[:num_keys])
+        return dataclasses.replace(self, keys=parts[0], values=parts[1])
+
+
+def stored(cache: np.ndarray, dtype: str) -> KvCache[jax.Array]:
+    """A cache of this dtype; what is NaN stays NaN, by its scale where a number cannot be."""
+    if dtype == "int8":
+        scales = np.abs(cache).max(axis=-1) / 127
+        values = np.round(np.nan_to_num(cache / scales[..., None]))
+        return KvCache(jnp.asarray(values, jnp.int8), jnp.asarray(scales, jnp.float32))
+    if dtype == "uint8":
+        return KvCache(jax.lax.bitcast_convert_type(jnp.asarray(cache, jnp.float8_e4m3fn), jnp.uint8), None)
+    return KvCache(jnp.asarray(cache, dtype), None)
 
 
 def attend_one(
@@ -77,7 +105,7 @@ def attend_one(
 
 @jax.jit(static_argnames=("implementation", "spec"))
 def attend(
-    q: jax.Array, cache: jax.Array, batch: PagedBatch, sinks: jax.Array | None, implementation: str,
+    q: jax.Array, cache: KvCache[jax.Array], batch: PagedBatch, sinks: jax.Array | None, implementation: str,
     spec: PagedAttentionSpec,
 ) -> jax.Array:  # fmt: skip
     kernels = KernelChoices("cpu", {"paged_attention": implementation})
@@ -117,7 +145,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
 
 
-@pytest.fixture(params=[entry.name for entry in TABLE])
+@pytest.fixture(params=[entry.name for entry in PORTABLE])
 def implementation(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -165,10 +193,37 @@ def test_any_ratio_of_heads_and_small_pages_follow_the_definition(implementation
 
 
 def test_float32_queries_read_a_bfloat16_cache_exactly(implementation: str, decode: Case) -> None:
-    q, cache = jnp.asarray(decode.q, jnp.float32), jnp.asarray(decode.cache, jnp.bfloat16)
-    answer = attend(q, cache, decode.batch, None, implementation, DECODE)
-    assert answer.dtype == jnp.float32
+    answer = decode.run(implementation, DECODE, cache_dtype="bfloat16")
     np.testing.assert_allclose(answer, decode.expected(SPEC), atol=3e-6)
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8_e4m3fn", "uint8"])
+def test_mixed_steps_follow_what_a_quantized_cache_holds(implementation: str, mixed: Case, cache_dtype: str) -> None:
+    spec, sinks = VARIANTS["all"]
+    answer = mixed.run(implementation, spec, sinks=sinks, cache_dtype=cache_dtype)
+    np.testing.assert_allclose(answer, mixed.held(cache_dtype).expected(spec, sinks), atol=3e-6)
+    assert np.isfinite(answer).all(), "a NaN beyond a slot's keys came through"
+
+
+def test_decode_steps_follow_what_an_int8_cache_holds(implementation: str, decode: Case) -> None:
+    answer = decode.run(implementation, DECODE, cache_dtype="int8")
+    np.testing.assert_allclose(answer, decode.held("int8").expected(SPEC), atol=3e-6)
+
+
+@pytest.mark.parametrize(("cache_dtype", "bound"), [("int8", 1e-2), ("float8_e4m3fn", 6e-2), ("uint8", 6e-2)])
+def test_a_quantized_cache_loses_no_more_than_the_contract_says(
+    implementation: str, mixed: Case, cache_dtype: str, bound: float
+) -> None:
+    spec, sinks = VARIANTS["all"]
+    exact = mixed.expected(spec, sinks)
+    answer = mixed.run(implementation, spec, sinks=sinks, cache_dtype=cache_dtype)
+    assert np.linalg.norm(answer - exact) < bound * np.linalg.norm(exact)
+    assert np.abs(answer - exact).max() < bound * np.abs(exact).max()
+
+
+def test_bfloat16_queries_read_an_int8_cache(implementation: str, decode: Case) -> None:
+    answer = decode.run(implementation, DECODE, dtype="bfloat16", cache_dtype="int8")
+    np.testing.assert_allclose(answer, decode.held("int8").expected(SPEC), atol=2e-2)
 
 
 def test_a_single_query_is_the_same_in_a_mixed_step(implementation: str, decode: Case) -> None:
@@ -219,11 +274,11 @@ def test_a_slot_is_bit_identical_whatever_its_neighbours_are(implementation: str
 
 def test_every_implementation_lowers_for_a_gpu() -> None:
     case = make_case([(1, 3), (4, 9)])
-    for entry in TABLE:
+    for entry in PORTABLE:
         kernels = KernelChoices("gpu", {"paged_attention": entry.name})
 
         run = jax.jit(functools.partial(paged_attention, spec=SPEC, kernels=kernels))
-        run.trace(case.q, case.cache, jnp.int32(0), case.batch).lower(lowering_platforms=("cuda",))
+        run.trace(case.q, stored(case.cache, "int8"), jnp.int32(0), case.batch).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize(
@@ -246,16 +301,33 @@ def test_slots_that_disagree_raise(decode: Case) -> None:
         decode.run("reference", SPEC, batch=decode.batch._replace(kv_lens=decode.batch.kv_lens[:7]))
 
 
-@pytest.mark.parametrize("one_query_per_slot", [True, False])
-def test_layers_share_one_cache_without_a_copy(one_query_per_slot: bool) -> None:
+@pytest.mark.parametrize("values", ["scales missing", "scales of bfloat16", "unknown"])
+def test_a_cache_without_its_scales_raises(decode: Case, values: str) -> None:
+    cache = stored(decode.cache, "int8")
+    wrong, message = {
+        "scales missing": (KvCache(cache.values, None), r"int8 and shape .* has scales of shape .*, got None"),
+        "scales of bfloat16": (KvCache(cache.values.astype("bfloat16"), cache.scales), "scales of shape None, got"),
+        "unknown": (KvCache(cache.values.astype("int16"), None), "expected a cache of float32, .*int8, got int16"),
+    }[values]
+    with pytest.raises(KernelError, match=message):
+        attend(decode.q, wrong, decode.batch, None, "reference", DECODE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "one_query_per_slot"),
+    [("float32", True), ("float32", False), ("int8", True), ("int8", False), ("uint8", True)],
+)
+def test_layers_share_one_cache_without_a_copy(dtype: str, one_query_per_slot: bool) -> None:
     """A donated cache that a scan over layers writes and xla reads in place; reference may gather as it likes."""
-    num_slots, num_pages = 4, 2048
+    num_slots, num_pages = 4, 8192
     shape = (LAYERS, num_pages, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM)
     spec = dataclasses.replace(SPEC, one_query_per_slot=one_query_per_slot)
     batch = PagedBatch(jnp.zeros((num_slots, 40), jnp.int32), jnp.arange(num_slots + 1), jnp.ones(num_slots, jnp.int32))
 
-    def step(q: jax.Array, cache: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def run_layer(carry: tuple[jax.Array, jax.Array], layer: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    type Carry = tuple[jax.Array, KvCache[jax.Array]]
+
+    def step(q: jax.Array, cache: KvCache[jax.Array], places: jax.Array) -> Carry:
+        def run_layer(carry: Carry, layer: jax.Array) -> tuple[Carry, None]:
             q, cache = carry
             cache = write_kv(cache, layer, q[:, :KV_HEADS], q[:, -KV_HEADS:], places, places)
             return (paged_attention(q, cache, layer, batch, spec=spec, kernels=KernelChoices("cpu")), cache), None
@@ -264,18 +336,23 @@ def test_layers_share_one_cache_without_a_copy(one_query_per_slot: bool) -> None
 
     arguments = (
         jax.ShapeDtypeStruct((num_slots, HEADS, HEAD_DIM), jnp.float32),
-        jax.ShapeDtypeStruct(shape, jnp.float32),
+        abstract_cache(shape, dtype),
         jax.ShapeDtypeStruct((num_slots,), jnp.int32),
     )
     memory = jax.jit(step, donate_argnums=1).lower(*arguments).compile().memory_analysis()
-    layer_bytes = 4 * int(np.prod(shape[1:]))
+    layer_bytes = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arguments[1])) // LAYERS
     assert memory.alias_size_in_bytes >= LAYERS * layer_bytes
     assert memory.temp_size_in_bytes < layer_bytes / 4
+
+
+def abstract_cache(shape: tuple[int, ...], dtype: str) -> KvCache[jax.ShapeDtypeStruct]:
+    scales = jax.ShapeDtypeStruct(shape[:-1], jnp.float32) if dtype == "int8" else None
+    return KvCache(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), scales)
 
 
 def test_reading_does_not_copy_a_cache_that_is_kept() -> None:
     case = make_case([(1, 40), (1, 12)])
     cache = jax.ShapeDtypeStruct((64, 64, *case.cache.shape[2:]), jnp.float32)
     q = jax.ShapeDtypeStruct(case.q.shape, jnp.float32)
-    memory = attend.lower(q, cache, case.batch, None, "xla", DECODE).compile().memory_analysis()
+    memory = attend.lower(q, KvCache(cache, None), case.batch, None, "xla", DECODE).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * int(np.prod(cache.shape[1:])) / 2

@@ -1,24 +1,39 @@
 """The contract of the matmul with weights, held by every implementation of its table."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from millrace.errors import KernelError
-from millrace.pallas_kernels.dispatch import KernelChoices
-from millrace.pallas_kernels.quantized_matmul import TABLE, QuantizedWeight, matmul
+from millrace.pallas_kernels.dispatch import KernelChoices, anywhere
+from millrace.pallas_kernels.quantized_matmul import FORMATS, TABLE, QuantizedWeight, WeightFormat, matmul
+from millrace.pallas_kernels.quantized_matmul.formats import dequantize, quantize
 
 IN, OUT = 48, 24
+XLA, REFERENCE = (KernelChoices("cpu", {"quantized_matmul": name}) for name in ("xla", "reference"))
 
 
-@pytest.fixture(params=[entry.name for entry in TABLE])
+# Kernels that are made for a chip have tests of their own.
+ANYWHERE = [entry.name for entry in TABLE if entry.unsupported is anywhere]
+
+
+@pytest.fixture(params=ANYWHERE)
 def kernels(request: pytest.FixtureRequest) -> KernelChoices:
     return KernelChoices("cpu", {"quantized_matmul": request.param})
 
 
 def draw(*shape: int, dtype: str = "float32") -> jax.Array:
     return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
+
+
+def quantized(weight: jax.Array, format: WeightFormat) -> QuantizedWeight:
+    """Rounded by numpy, which is faster here than jax op by op, to the same numbers."""
+    made: QuantizedWeight = jax.tree.map(jnp.asarray, quantize(np.asarray(weight, np.float32), format))
+    return made
 
 
 def product(x: jax.Array, weight: jax.Array) -> np.ndarray:
@@ -64,17 +79,68 @@ def test_gradients_follow_the_definition(kernels: KernelChoices, dtype: str, num
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_int8_weights_are_scaled_by_output_channel(kernels: KernelChoices, dtype: str, num_rows: int) -> None:
     values = jnp.asarray(np.random.default_rng(3).integers(-127, 128, (OUT, IN)), jnp.int8)
-    weight = QuantizedWeight(values, jnp.linspace(0.001, 0.02, OUT))
+    scales = jnp.linspace(0.001, 0.02, OUT)[:, None]
+    weight = QuantizedWeight(values=values, scales=scales, format=FORMATS["int8_a16"])
     assert weight.shape == (OUT, IN)
     x = draw(num_rows, IN, dtype=dtype)
     y = jax.jit(lambda x, w: matmul(x, w, kernels=kernels, out_dtype=jnp.float32))(x, weight)
-    dense = np.float64(values) * np.float64(weight.scales)[:, None]
+    dense = np.float64(values) * np.float64(weight.scales)
     np.testing.assert_allclose(y, np.float64(x) @ dense.T, rtol=1e-4, atol=1e-4)
 
 
+# Of the product, relative to that of the plain weight in float32: the format's own rounding, nothing else. int8 and
+# fp8 round activations as well.
+BOUNDS = {
+    "int8": 0.012, "int8_a16": 0.01, "fp8": 0.04, "fp8_a16": 0.03, "fp8_block": 0.04, "mxfp8": 0.03, "int4": 0.1,
+    "nvfp4": 0.09, "mxfp4": 0.12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_weights_give_the_product_within_the_formats_bound(kernels: KernelChoices, name: str) -> None:
+    x, weight = draw(5, 512), draw(256, 512)
+    y = jax.jit(lambda x, w: matmul(x, w, kernels=kernels))(x, quantized(weight, FORMATS[name]))
+    exact = product(x, weight)
+    assert np.linalg.norm(np.float64(y) - exact) < BOUNDS[name] * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_row_in_bfloat16_follows_the_reference(name: str) -> None:
+    x, weight = draw(1, 256, dtype="bfloat16"), quantized(draw(128, 256), FORMATS[name])
+    found, exact = (
+        jax.jit(lambda x, w, kernels=kernels: matmul(x, w, kernels=kernels))(x, weight) for kernels in (XLA, REFERENCE)
+    )
+    assert found.dtype == exact.dtype == jnp.bfloat16
+    assert np.linalg.norm(np.float64(found) - np.float64(exact)) < 1e-2 * np.linalg.norm(np.float64(exact))
+
+
+def test_zero_points_are_subtracted(kernels: KernelChoices) -> None:
+    format = dataclasses.replace(FORMATS["int4"], group=32, zeros=True)
+    x, weight = draw(3, 64), quantized(draw(16, 64) + 2, format)
+    np.testing.assert_allclose(
+        np.float64(matmul(x, weight, kernels=kernels)), product(x, dequantize(weight)), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_lowers_for_a_gpu(name: str) -> None:
+    x, weight = draw(4, 128, dtype="bfloat16"), quantized(draw(128, 128), FORMATS[name])
+    kernels = KernelChoices("gpu", {"quantized_matmul": "xla"})
+    run = jax.jit(lambda x, w: matmul(x, w, kernels=kernels))
+    run.trace(x, weight).lower(lowering_platforms=("cuda",))
+
+
+def test_fp8_reaches_a_gpus_dot_in_8_bits() -> None:
+    x, weight = draw(4, 128, dtype="bfloat16"), quantized(draw(128, 128), FORMATS["fp8"])
+    kernels = KernelChoices("gpu", {"quantized_matmul": "xla"})
+    run = jax.jit(lambda x, w: matmul(x, w, kernels=kernels))
+    text = run.trace(x, weight).lower(lowering_platforms=("cuda",)).as_text()
+    assert re.search(r"dot_general.*\(tensor<4x128xf8E4M3FN>, tensor<128x128xf8E4M3FN>\) -> tensor<4x128xf32>", text)
+
+
 def test_every_implementation_lowers_for_a_gpu() -> None:
-    for entry in TABLE:
-        kernels = KernelChoices("gpu", {"quantized_matmul": entry.name})
+    for name in ANYWHERE:
+        kernels = KernelChoices("gpu", {"quantized_matmul": name})
         run = jax.jit(lambda x, w, kernels=kernels: matmul(x, w, kernels=kernels))
         run.trace(draw(1, IN, dtype="bfloat16"), draw(OUT, IN, dtype="bfloat16")).lower(lowering_platforms=("cuda",))
 

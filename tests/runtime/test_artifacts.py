@@ -70,7 +70,11 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mesh": {"data": 4, "tensor": 2}}, {"weights": "stream"}],
+    [
+        {},
+        {"mesh": {"data": 4, "tensor": 2}, "kv_cache_dtype": "int8"},
+        {"weights": "stream", "kv_cache_dtype": "fp8"},
+    ],
     ids=["one device", "data 4 x tensor 2", "streamed weights"],
 )
 def test_another_process_that_may_not_compile_gives_the_same_tokens(
@@ -100,9 +104,9 @@ def test_a_loaded_program_updates_the_state_in_place(artifact: Path, deployment:
     programs = load_programs(artifact, deployment)
     state = programs.initial_state()
     row = jax.tree.map(lambda a: np.zeros(a.shape[2:], a.dtype), state.slots)
-    before, cache = state.cache.unsafe_buffer_pointer(), state.cache
+    before, cache = state.cache.values.unsafe_buffer_pointer(), state.cache.values
     state = programs.install(state, np.zeros(1, np.int32), row)
-    assert state.cache.unsafe_buffer_pointer() == before and cache.is_deleted()
+    assert state.cache.values.unsafe_buffer_pointer() == before and cache.is_deleted()
 
 
 def test_a_loaded_program_refuses_other_shapes(artifact: Path, deployment: Deployment) -> None:
@@ -122,7 +126,7 @@ def test_an_artifact_decides_what_a_config_leaves_open(artifact: Path, deploymen
 def test_a_manifest_says_what_each_program_takes(artifact: Path, deployment: Deployment) -> None:
     manifest = read_manifest(artifact)
     assert set(manifest.programs) == {"decode-2", "mixed-8", "install", "initial-state"}
-    assert manifest.programs["decode-2"].in_place >= deployment.model.cache.num_bytes
+    assert manifest.programs["decode-2"].in_place >= deployment.model.cache.values.num_bytes
     assert manifest.num_bytes == sum(path.stat().st_size for path in artifact.glob("*.xla"))
     assert manifest.kernels and manifest.facts["jax"]["jax"] == jax.__version__
 

@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from millrace import ConfigError, RuntimeConfig
+from millrace.pallas_kernels.paged_attention import CacheDType
+from millrace.pallas_kernels.quantized_matmul import FORMATS
+from millrace.runtime import config as config_module
 
 HUGE = pytest.param(10**5000, id="huge")  # more digits than Python agrees to print
 INTEGERS = (
@@ -33,7 +36,7 @@ PAIRS = ("mesh", "kernels")
 
 def test_every_option_is_tried_here() -> None:
     assert {field.name for field in dataclasses.fields(RuntimeConfig)} == {
-        *INTEGERS, *TEXTS, *DTYPES, *FLAGS, *PAIRS,
+        *INTEGERS, *TEXTS, *DTYPES, *FLAGS, *PAIRS, "quantization",
     }  # fmt: skip
 
 
@@ -57,10 +60,34 @@ def test_integers_without_a_default_of_their_own_refuse_none(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", DTYPES)
-@pytest.mark.parametrize("value", [math.nan, -1, HUGE, True, "int8", "", "bfloat", np.float32, ["float32"]])
+@pytest.mark.parametrize("value", [math.nan, -1, HUGE, True, "int4", "", "bfloat", np.float32, ["float32"]])
 def test_dtypes_refuse_what_is_no_known_spelling(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=name):
         RuntimeConfig(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["int5", "", "INT8", 8, True, ["int8"], np.int8, math.nan])
+def test_quantization_refuses_what_is_no_format_and_lists_them(value: object) -> None:
+    with pytest.raises(ConfigError, match="quantization must be one of int8, int8_a16, fp8, .*nvfp4, got"):
+        RuntimeConfig(quantization=value)  # type: ignore[arg-type]
+
+
+def test_the_formats_of_the_option_are_those_of_the_contract() -> None:
+    assert get_args(config_module.Quantization) == tuple(FORMATS)
+
+
+def test_an_unknown_dtype_of_the_cache_lists_the_choices() -> None:
+    with pytest.raises(
+        ConfigError, match=r"float32, bfloat16, float16, float8_e4m3fn, int8 \(bf16.*fp8 too\), got 'e5'"
+    ):
+        RuntimeConfig(kv_cache_dtype="e5")
+    assert get_args(config_module.CacheDType) == get_args(CacheDType)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_weights_and_activations_have_no_dtype_of_the_cache_alone(dtype: str) -> None:
+    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, float16 "):
+        RuntimeConfig(dtype=dtype)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -143,6 +170,7 @@ def test_an_unknown_option_is_refused_by_name() -> None:
     [
         ({"dtype": "BF16"}, {"dtype": "bfloat16"}),
         ({"kv_cache_dtype": "half"}, {"kv_cache_dtype": "float16"}),
+        ({"kv_cache_dtype": "fp8"}, {"kv_cache_dtype": "float8_e4m3fn"}),
         ({"model": Path("a") / "b"}, {"model": str(Path("a") / "b")}),
         ({"mesh": {"data": 2}}, {"mesh": (("data", 2),)}),
         ({"mesh": [["tensor", 4]]}, {"mesh": (("tensor", 4),)}),

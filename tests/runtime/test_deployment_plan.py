@@ -32,6 +32,14 @@ def test_parts_and_what_is_left_are_what_may_be_used(model: ModelConfig) -> None
     assert memory.kv_cache <= 2**22 and memory.temporaries.is_estimate
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8", "int8"])
+def test_a_token_costs_what_a_page_has_for_each(model: ModelConfig, dtype: str) -> None:
+    config = CONFIG.replace(kv_cache_dtype=dtype, page_size=8)
+    made = plan(model, "h200", config)
+    assert made.memory.kv_cache % (8 * made.token_bytes) == 0
+    assert made.memory.kv_cache > 2**22 - 8 * made.token_bytes, "a whole page more would have fit"
+
+
 def test_data_parallel_devices_multiply_the_speed_of_one(model: ModelConfig) -> None:
     one, four = plan(model, "h200"), plan(model, "h200:1x1x4", CONFIG.replace(mesh=(("data", 4),)))
     assert four.prediction.tokens_per_s == pytest.approx(4 * one.prediction.tokens_per_s)

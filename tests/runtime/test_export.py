@@ -52,7 +52,7 @@ def parameters(checkpoint):
     """Every part of every parameter, as (path, index) -> values in the dtype that the config declares."""
     model = config_from_hf(dict(checkpoint.config))
     specs, _ = flatten(AbstractDecoder(model, jnp.dtype(model.dtype)).specs)
-    leaves = list(checkpoint_leaves(checkpoint, tensor_plan(model, checkpoint.tensor_names), specs))
+    leaves = list(checkpoint_leaves(checkpoint, tensor_plan(model, checkpoint.tensor_names, checkpoint.config), specs))
     parts = ((leaf, part) for leaf in leaves for part in leaf.parts)
     return {
         (leaf.path, part.index): to_dtype(part.read([(...,)])[0], leaf.spec.dtype, leaf.path) for leaf, part in parts
@@ -63,7 +63,7 @@ def tensors(checkpoint):
     return {name: (checkpoint.dtype(name), checkpoint.read(name).tobytes()) for name in checkpoint.tensor_names}
 
 
-@pytest.mark.parametrize("round_trip", NAMES, indirect=True)
+@pytest.mark.parametrize("round_trip", [name for name in NAMES if name != "gpt_oss_mxfp4"], indirect=True)
 def test_every_parameter_comes_back_bit_for_bit(round_trip):
     original, exported = map(parameters, round_trip)
     assert original.keys() == exported.keys()
@@ -76,6 +76,20 @@ def test_a_plain_checkpoint_comes_back_tensor_for_tensor(round_trip):
     original, exported = round_trip
     assert tensors(original) == tensors(exported)
     assert (original.config, original.generation_config) == (exported.config, exported.generation_config)
+
+
+@pytest.mark.parametrize("round_trip", ["gpt_oss_mxfp4"], indirect=True)
+def test_packed_experts_come_back_as_what_they_stand_for(round_trip):
+    original, exported = round_trip
+    halves = np.asarray([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])  # of what a nibble stands for
+    for name in ("gate_up_proj", "down_proj"):
+        tensor = f"model.layers.1.mlp.experts.{name}"
+        blocks, exponents = original.read(f"{tensor}_blocks"), original.read(f"{tensor}_scales")
+        nibbles = np.stack([blocks & 15, blocks >> 4], axis=-1).reshape(*exponents.shape, 32)
+        values = halves[nibbles] * np.exp2(exponents[..., None] - 128.0)
+        wide = values.reshape(*exponents.shape[:2], -1).swapaxes(1, 2)
+        np.testing.assert_array_equal(exported.read(tensor).astype(np.float32), wide)
+    assert "quantization_config" not in exported.config
 
 
 def test_the_export_has_the_dtype_of_the_store(tmp_path, room):

@@ -11,7 +11,7 @@ import pytest
 from millrace import Runtime
 from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, RopeSpec
 from millrace.models.decoder import AbstractDecoder
-from millrace.models.kv_cache import cache_spec
+from millrace.models.kv_cache import cache_bytes, cache_spec
 from millrace.models.partition import partition
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.runtime.buckets import Bucket, make_buckets
@@ -34,13 +34,15 @@ CONFIG = ModelConfig(
 BUCKETS = (Bucket(True, 4, 4), Bucket(False, 16, 4))
 
 
-def compiled(mesh_sizes: dict[str, int], *, streams: bool = False) -> tuple[StepModel, Programs]:
+def compiled(
+    mesh_sizes: dict[str, int], *, streams: bool = False, cache_dtype: str = "float32", num_pages: int = 512
+) -> tuple[StepModel, Programs]:
     placement = partition(CONFIG, make_mesh(mesh_sizes))
     model = StepModel(
         decoder=AbstractDecoder(CONFIG, jnp.dtype("float32")),
         placement=placement,
         kernels=KernelChoices("cpu"),
-        cache=cache_spec(CONFIG, placement, num_pages=512, page_size=16, dtype="float32"),
+        cache=cache_spec(CONFIG, placement, num_pages=num_pages, page_size=16, dtype=cache_dtype),
         num_slots=4,
         pages_per_slot=16,
         max_context_len=256,
@@ -58,14 +60,24 @@ def test_no_program_holds_a_second_copy_of_the_cache_or_of_the_stacked_weights(
     programs: tuple[StepModel, Programs],
 ) -> None:
     model, made = programs
-    cache_bytes = model.cache.num_bytes // model.placement.mesh.size
+    num_bytes = cache_bytes(model.cache, model.placement)
     weight_bytes = sum(s.num_bytes for s in jax.tree.leaves(model.decoder.specs)) // model.placement.size("tensor")
     for bucket, program in made.steps.items():
         memory = program.memory_analysis()
-        assert memory.alias_size_in_bytes >= cache_bytes, f"{bucket}: the cache is not updated in place"
+        assert memory.alias_size_in_bytes >= num_bytes, f"{bucket}: the cache is not updated in place"
         # On a CPU a scan copies the period that it is at, here a quarter of the weights; never more.
         assert memory.temp_size_in_bytes < weight_bytes / 4 + 2**20, f"{bucket}: {memory}"
-        assert memory.temp_size_in_bytes < cache_bytes / 4, f"{bucket}: {memory}"
+        assert memory.temp_size_in_bytes < num_bytes / 4, f"{bucket}: {memory}"
+
+
+@pytest.mark.parametrize(("dtype", "mesh"), [("int8", {"data": 2, "tensor": 4}), ("float8_e4m3fn", {})])
+def test_no_program_holds_a_second_copy_of_a_quantized_cache(dtype: str, mesh: dict[str, int]) -> None:
+    model, made = compiled(mesh, cache_dtype=dtype, num_pages=4096)
+    num_bytes = cache_bytes(model.cache, model.placement)
+    for bucket, program in made.steps.items():
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= num_bytes, f"{bucket}: the cache is not updated in place"
+        assert memory.temp_size_in_bytes < num_bytes / 4, f"{bucket}: {memory}"
 
 
 def test_there_is_exactly_one_program_per_bucket(programs: tuple[StepModel, Programs]) -> None:
@@ -84,7 +96,7 @@ def test_no_collective_moves_a_cache_page_or_a_weight_matrix(programs: tuple[Ste
 
 def test_every_parameter_and_the_cache_name_their_axes(programs: tuple[StepModel, Programs]) -> None:
     model, _ = programs
-    for spec in (*jax.tree.leaves(model.decoder.specs), model.cache):
+    for spec in jax.tree.leaves((model.decoder.specs, model.cache)):
         assert len(spec.axes) == len(spec.shape)
 
 
@@ -99,8 +111,10 @@ def test_a_streamed_layer_updates_the_cache_in_place_and_layers_of_one_kind_shar
     for bucket, step in made.steps.items():
         assert len(step.layers) == 8 and len(set(map(id, step.layers))) == 2, "WIDE and LOCAL"
         memory = step.layers[0].memory_analysis()
-        assert memory.alias_size_in_bytes >= model.cache.num_bytes, f"{bucket}: the cache is not updated in place"
-        assert memory.temp_size_in_bytes < model.cache.num_bytes / 4, f"{bucket}: {memory}"
+        assert memory.alias_size_in_bytes >= model.cache.values.num_bytes, (
+            f"{bucket}: the cache is not updated in place"
+        )
+        assert memory.temp_size_in_bytes < model.cache.values.num_bytes / 4, f"{bucket}: {memory}"
 
 
 def test_a_closed_runtime_leaves_no_program(open_tiny: Callable[..., Runtime]) -> None:

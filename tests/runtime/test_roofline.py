@@ -10,7 +10,9 @@ MLP = MlpSpec(mlp_dim=256)
 MOE = MoeSpec(num_experts=8, num_experts_per_token=2, mlp_dim=256)
 
 
-def device_model(mlp: MlpSpec | MoeSpec = MLP, window: int | None = None, **mesh: int) -> DeviceModel:
+def device_model(
+    mlp: MlpSpec | MoeSpec = MLP, window: int | None = None, cache_dtype: str = "bfloat16", **mesh: int
+) -> DeviceModel:
     attention = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16, scale=0.25, rope=None, window=window)
     layers = (LayerSpec(attention=attention, mlp=mlp),) * 3
     return DeviceModel(
@@ -18,7 +20,7 @@ def device_model(mlp: MlpSpec | MoeSpec = MLP, window: int | None = None, **mesh
         mesh={"data": 1, "expert": 1, "tensor": 1, **mesh},  # type: ignore[dict-item]
         dtype="bfloat16",
         itemsize=2,
-        cache_itemsize=2,
+        cache_dtype=cache_dtype,
         weight_bytes=10**6,
     )
 
@@ -38,6 +40,11 @@ def test_memory_is_the_weights_once_and_the_cache() -> None:
     unread = 64 * 128 * 2  # the input embedding
     assert model.cache_bytes() == 3 * 2 * 2 * 16 * 2
     assert step(model).memory_bytes == 10**6 - unread + 1000 * model.cache_bytes()
+
+
+def test_an_int8_cache_has_a_float_for_each_head_of_a_token() -> None:
+    assert device_model(cache_dtype="int8").cache_bytes() == 3 * 2 * 2 * (16 + 4)
+    assert device_model(cache_dtype="float8_e4m3fn").cache_bytes() == 3 * 2 * 2 * 16
 
 
 def test_a_tensor_axis_divides_the_arithmetic_and_sends_two_all_reduces_a_layer() -> None:

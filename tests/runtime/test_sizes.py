@@ -7,7 +7,7 @@ import pytest
 
 from millrace import ConfigError, OutOfMemoryError, RuntimeConfig
 from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, RopeSpec
-from millrace.models.kv_cache import cache_spec
+from millrace.models.kv_cache import cache_bytes, cache_spec
 from millrace.models.partition import partition
 from millrace.runtime import host_memory
 from millrace.runtime.sizes import (
@@ -79,15 +79,27 @@ def test_a_cache_of_a_chosen_size_has_the_pages_that_fit(memory: Memory) -> None
 def test_a_page_costs_what_the_cache_takes_of_each_device(memory: Memory, mesh: dict[str, int]) -> None:
     memory.has(MUCH)
     made = size(**mesh)
-    spec = cache_spec(MODEL, placement(**mesh), made.num_pages, CONFIG.page_size, "float32")
+    spec = cache_spec(MODEL, placement(**mesh), made.num_pages, CONFIG.page_size, "float32").values
     shard = placement(**mesh).sharding(spec.axes).shard_shape(spec.shape)
     assert int(np.prod(shard)) * 4 == made.num_pages * made.page_bytes
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_two_bytes_a_number_halve_a_page(memory: Memory, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "factor"),
+    [("bfloat16", 1 / 2), ("float16", 1 / 2), ("fp8", 1 / 4), ("int8", 1 / 4 + 1 / MODEL.head_dim)],
+)
+def test_a_page_of_narrower_numbers_is_smaller(memory: Memory, dtype: str, factor: float) -> None:
     memory.has(MUCH)
-    assert size(CONFIG.replace(kv_cache_dtype=dtype)).page_bytes == PAGE_BYTES // 2
+    assert size(CONFIG.replace(kv_cache_dtype=dtype)).page_bytes == PAGE_BYTES * factor
+
+
+@pytest.mark.parametrize("mesh", [{}, {"tensor": 4}, {"data": 2, "tensor": 2}])
+def test_the_scales_of_an_int8_cache_lie_with_its_heads(mesh: dict[str, int]) -> None:
+    spec = cache_spec(MODEL, placement(**mesh), 10, CONFIG.page_size, "int8")
+    assert spec.scales is not None and spec.scales.shape == spec.values.shape[:-1]
+    assert spec.scales.axes == spec.values.axes[:-1]
+    values = placement(**mesh).shard_bytes(spec.values)
+    assert cache_bytes(spec, placement(**mesh)) == values + 4 * values // MODEL.head_dim
 
 
 def test_a_small_host_gets_fewer_pages_and_leaves_memory_to_others(memory: Memory) -> None:

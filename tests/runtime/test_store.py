@@ -219,7 +219,7 @@ def test_malformed_manifest_is_refused(key, value, saved):
 @pytest.mark.parametrize(("key", "value"), [("source", None), ("dtype", "float8"), ("quantization", {"bits": 4})])
 def test_manifest_of_an_unknown_kind_is_refused(key, value, saved):
     edit_manifest(saved, lambda manifest: manifest.update({key: value}))
-    refuses(saved, "expected source, the arrays' dtype and quantization null")
+    refuses(saved, "expected source, the arrays' dtype and the quantization of config.json, None")
 
 
 def test_manifest_without_arrays_is_refused(saved):

@@ -16,7 +16,7 @@ CASES: list[tuple[str, dict[str, int], dict[str, Any]]] = [
     ("llama_default", {"data": 2}, {"num_slots": 8, "max_step_tokens": 32}),
     ("gemma3_text", {}, {"num_slots": 128}),
     ("qwen3_moe_norm", {"expert": 4}, {"num_slots": 8, "max_step_tokens": 256}),
-    ("qwen3_moe_norm", {}, {"num_slots": 8, "max_step_tokens": 512, "dtype": "bfloat16"}),
+    ("qwen3_moe_norm", {}, {"num_slots": 8, "max_step_tokens": 512, "dtype": "bfloat16", "kv_cache_dtype": "int8"}),
 ]
 
 

@@ -1,0 +1,202 @@
+"""Paged attention on Hopper: which kernel computes which rows of a step.
+
+A step of one query per slot is the decode kernel's, and the reduction's where slots are split. In a mixed step the
+slots of one query still are, and the prefill kernel has the others; gathers that XLA fuses pick rows from both.
+The write of new keys and values stays XLA's scatter: in place, a few kilobytes per token and layer, against pages of
+megabytes that attention reads; a kernel of its own would save no launch.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32
+
+from ..tuning import generation, tuned
+from .contract import KvCache, PagedAttentionProblem, PagedAttentionSpec, PagedBatch
+from .hopper_decode import Decode, decode
+from .hopper_prefill import ROWS_EACH, Prefill, prefill
+from .hopper_reduce import reduce_items
+from .hopper_work import BLOCK_KEYS, Keys, Place, Split, Tiles, Units, choose_split, item_of, make_tiles
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_GROUPS = 64  # query heads of one KV head: wgmma's N in a decode step, and rows of one tile in prefill
+MIN_SCALED_PAGE = 32  # a copy of scales brings at least 128 bytes
+SHARED_BYTES = 232448  # of one CTA, and with 1 KB for each CTA of one SM
+
+
+def unsupported(problem: PagedAttentionProblem) -> str | None:
+    """Why these kernels cannot serve a problem."""
+    if problem.platform != "gpu" or generation(problem.device_kind) != "hopper":
+        return f"it is made for Hopper, not for {problem.device_kind or problem.platform}"
+    return misfit(problem)
+
+
+def misfit(problem: PagedAttentionProblem) -> str | None:
+    """Why no tile of these kernels fits a problem, whatever the chip."""
+    size, dtype, cache_dtype = problem.page_size, problem.dtype, problem.cache_dtype
+    if problem.head_dim not in HEAD_DIMS:
+        return f"head dimensions are {', '.join(map(str, HEAD_DIMS))}, not {problem.head_dim}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"queries must be bfloat16 or float16, not {dtype}"
+    if cache_dtype not in (dtype, "float8_e4m3fn", "int8"):
+        return f"the cache of {dtype} queries must be {dtype}, float8_e4m3fn or int8, not {cache_dtype}"
+    if size % 8 or (BLOCK_KEYS % size and size % BLOCK_KEYS):
+        return f"pages must have 8, 16, 32 or a multiple of {BLOCK_KEYS} tokens, not {size}"
+    if cache_dtype == "int8" and size < MIN_SCALED_PAGE:
+        return f"pages of an int8 cache must have at least {MIN_SCALED_PAGE} tokens, not {size}"
+    if problem.num_heads // problem.num_kv_heads > MAX_GROUPS:
+        return f"at most {MAX_GROUPS} heads may share a KV head, not {problem.num_heads // problem.num_kv_heads}"
+    return None
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    cache: KvCache[Array],
+    layer: Int32[Array, ""],
+    batch: PagedBatch,
+    *,
+    spec: PagedAttentionSpec,
+    sinks: Float[Array, " N"] | None,
+    device_kind: str,
+    change: Mapping[str, int] | None = None,
+) -> Float[Array, "T N H"]:
+    """See the contract; `change` overrides tuned sizes."""
+    step = _Step(q, cache, layer.reshape(1), batch, spec, sinks, device_kind, change or {})
+    if spec.one_query_per_slot:
+        return step.decode(batch.kv_lens, jnp.arange(q.shape[0], dtype=jnp.int32)).reshape(q.shape)
+    query_lens = jnp.diff(batch.cu_query_lens)
+    is_single, starts = query_lens == 1, batch.cu_query_lens[:-1]
+    singles = step.decode(jnp.where(is_single, batch.kv_lens, 0), jnp.where(is_single, starts, 0))
+    has_chunk = (query_lens > 1) & (batch.kv_lens > 0)
+    chunks = step.prefill(jnp.where(has_chunk, query_lens, 0), singles)
+    return chunks.reshape(q.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    """One call's arrays and what its kernels are compiled for."""
+
+    q: jax.Array
+    cache: KvCache[jax.Array]
+    layer: jax.Array  # [1]
+    batch: PagedBatch
+    spec: PagedAttentionSpec
+    sinks: jax.Array | None
+    device_kind: str
+    change: Mapping[str, int]
+
+    @property
+    def num_kv_heads(self) -> int:
+        """K."""
+        return self.cache.values.shape[3]
+
+    @property
+    def place(self) -> Place:
+        """How keys lie in pages."""
+        return Place(Units(self.cache.values.shape[4]), self.spec.window)
+
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Whether the chip is a Blackwell."""
+        return generation(self.device_kind) == "blackwell"
+
+    def sizes(self, kernel: str) -> dict[str, int]:
+        """The tuned sizes of a kernel; all 16-bit caches share theirs."""
+        cache_dtype = self.cache.values.dtype
+        kind = "16bit" if cache_dtype.itemsize == 2 else cache_dtype.name
+        tuned_sizes = tuned("paged_attention", self.device_kind, f"{kernel}_{kind}_{self.q.shape[2]}")
+        return {**tuned("paged_attention", self.device_kind, "split"), **tuned_sizes, **self.change}
+
+    def decode(self, kv_lens: jax.Array, rows: jax.Array) -> jax.Array:
+        """[B, K, G, H] of slots whose one query is row rows[b]; zeros where kv_lens [B] is 0."""
+        num_rows, num_heads, head_dim = self.q.shape
+        num_slots, num_groups, sinks = kv_lens.shape[0], num_heads // self.num_kv_heads, self.sinks
+        q = self.q.reshape(num_rows, self.num_kv_heads, num_groups, head_dim)
+        padding = -num_groups % (32 if self.has_tensor_memory else 8)
+        if padding:
+            q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
+            if sinks is not None:
+                sinks = jnp.pad(sinks.reshape(self.num_kv_heads, num_groups), ((0, 0), (0, padding)))
+        sizes = self.sizes("decode")
+        max_keys = self.batch.page_tables.shape[1] * self.place.units.page_size
+        split = choose_split(num_slots, self.num_kv_heads, max_keys, sizes)
+        case = self._decode_case(sizes, num_groups + padding, split)
+        keys = Keys(self.cache, self.layer, self.batch.page_tables, kv_lens)
+        output, parts = decode(q, keys, rows, sinks, case)
+        if split.most > 1:
+            num_items = item_of(kv_lens, 0, self.place, split)[2]
+            reduced = reduce_items(parts, kv_lens, self.place, split, sinks, q.dtype)
+            output = jnp.where((num_items > 1)[:, None, None, None], reduced, output)
+        return jnp.where((kv_lens > 0)[:, None, None, None], output, 0)[:, :, :num_groups]
+
+    def prefill(self, query_lens: jax.Array, singles: jax.Array) -> jax.Array:
+        """[T, K, G, H]: rows of slots with query_lens [B] > 0, those of `singles` [B, K, G, H], zeros elsewhere."""
+        num_rows, num_heads, head_dim = self.q.shape
+        num_groups = num_heads // self.num_kv_heads
+        sizes = self.sizes("prefill")
+        case = self._prefill_case(sizes, num_groups)
+        tiles = make_tiles(self.batch, query_lens, num_rows, case.tile_queries, self.place)
+        keys = Keys(self.cache, self.layer, self.batch.page_tables, self.batch.kv_lens)
+        output = prefill(self._prefill_q(tiles, case), keys, tiles, self.sinks, case)
+        output = output[:, :, : case.tile_queries * num_groups]
+        output = output.reshape(*output.shape[:2], case.tile_queries, num_groups, head_dim)
+
+        cu = self.batch.cu_query_lens
+        row = jnp.arange(num_rows)
+        slot = jnp.searchsorted(cu, row, side="right", method="compare_all") - 1
+        slot = jnp.minimum(slot, query_lens.shape[0] - 1)
+        tile, offset = jnp.divmod(row - cu[slot], case.tile_queries)
+        chunks = output.at[tiles.first_tile[slot] + tile, :, offset].get(mode="clip")
+        is_single = (jnp.diff(cu)[slot] == 1) & (row < cu[-1])
+        is_chunk = (query_lens[slot] > 0) & (row < cu[-1])
+        rest = jnp.where(is_single[:, None, None, None], singles[slot], 0)
+        return jnp.where(is_chunk[:, None, None, None], chunks, rest)
+
+    def _prefill_q(self, tiles: Tiles, case: Prefill) -> jax.Array:
+        """Queries as the prefill kernel takes them."""
+        num_rows, _, head_dim = self.q.shape
+        q = self.q.reshape(num_rows, self.num_kv_heads, case.num_groups, head_dim)
+        if not case.has_q_tiles:
+            return jnp.moveaxis(q, 1, 0).reshape(self.num_kv_heads, num_rows * case.num_groups, head_dim)
+        rows = tiles.rows[:, 1, None] + jnp.arange(case.tile_queries)
+        tiled = jnp.moveaxis(q.at[rows].get(mode="clip"), 1, 2)  # [C, K, queries, G, H]
+        tiled = tiled.reshape(*tiled.shape[:2], -1, head_dim)
+        rest = case.consumers * ROWS_EACH - tiled.shape[2]
+        return jnp.pad(tiled, ((0, 0), (0, 0), (0, rest), (0, 0)))
+
+    def _decode_case(self, sizes: Mapping[str, int], num_groups: int, split: Split) -> Decode:
+        case = Decode(
+            units=self.place.units,
+            dtype=self.q.dtype,
+            cache_dtype=self.cache.values.dtype,
+            scale=self.spec.scale,
+            window=self.spec.window,
+            soft_cap=self.spec.soft_cap,
+            has_sinks=self.sinks is not None,
+            split=split,
+            stages=sizes["stages"],
+            num_ctas=sizes["sms"],
+            has_tensor_memory=self.has_tensor_memory,
+        )
+        resident = SHARED_BYTES // (case.shared_bytes(num_groups, self.q.shape[2]) + 1024)
+        return dataclasses.replace(case, num_ctas=sizes["sms"] * min(sizes["ctas_per_sm"], max(resident, 1)))
+
+    def _prefill_case(self, sizes: Mapping[str, int], num_groups: int) -> Prefill:
+        return Prefill(
+            units=self.place.units,
+            num_groups=num_groups,
+            dtype=self.q.dtype,
+            cache_dtype=self.cache.values.dtype,
+            scale=self.spec.scale,
+            window=self.spec.window,
+            soft_cap=self.spec.soft_cap,
+            has_sinks=self.sinks is not None,
+            consumers=sizes["consumers"],
+            stages=sizes["stages"],
+            raw_stages=sizes.get("raw_stages", 1),
+            num_ctas=sizes["sms"],
+            weights_in_registers=bool(sizes.get("weights_in_registers", 1)) and not self.has_tensor_memory,
+            has_tensor_memory=self.has_tensor_memory,
+        )

@@ -1,0 +1,341 @@
+"""Matmul of 4- and 8-bit weights and bfloat16 activations for Hopper: TMA, weights decoded in registers, wgmma.
+
+Schedule. Weights are M, since only wgmma's M operand may be registers; activations are N, 8 to 128 rows of them. A
+block has two consumer warpgroups of 64 channels and one that copies. A stage is 128 bytes of a channel (256 inputs of
+4 bits, 128 of 8): `ldmatrix` brings it into registers, and each of the 4 or 2 operands of 64 inputs that it becomes
+(hopper_decode) is decoded while wgmma multiplies the one before. Scales and zero points come by TMA too, 16 bytes of
+each channel at once, so once in several stages (a panel). Activations are read from L2 again by each block, N / 16 of
+the bytes of 4-bit weights with 64 channels: clusters of up to 8 blocks multicast them. Where N is wide they come in
+pieces of 64 inputs, each a slot of its own, so that shared memory holds enough of them.
+With few rows reading weights bounds it, at 36 KB per SM and microsecond: 41 values of 4 bits a cycle, some 3.75
+instructions for two, of which an SM issues 128; two blocks of an SM hide each other's latencies. With many rows wgmma
+bounds it (64 x 128 x 64 takes 256 cycles, its decoding 70 of another warpgroup's). Where there are too few tiles to
+fill the chip K is split, and XLA adds the float32 parts in whatever reads them.
+
+Operands. In registers: operand i + 1 is decoded into registers of its own while wgmma i is in flight, and issued after
+`wgmma_wait(0)`, so no register that wgmma reads is written before it ends (ptxas warns, and serializes, otherwise). In
+shared memory: a weight slot is released when its words are in registers; an activation slot after the `wgmma_wait(0)`
+behind the last wgmma that reads it; a panel of scales with the last stage that it serves. Staged output is rewritten
+once its TMA store has read it. Interpret mode has no operands in registers: there they go through shared memory.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, BFloat16, Int32
+
+from .contract import QuantizedWeight, Storage, WeightFormat
+from .hopper_decode import ROWS, decoder, in_order_of_pairs, offsets_of, operand, scales_of, words_of
+from .hopper_tiles import (
+    GroupTiles,
+    Parts,
+    Ring,
+    Tile,
+    Tiles,
+    along_columns,
+    free_barrier,
+    full_barrier,
+    launch,
+    shared_by,
+    swizzled,
+)
+
+_PANELS = 2  # of scales in shared memory
+_LEAST_COPY = 16  # bytes of a row that TMA copies
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """How groups of inputs lie in stages, for a format that has them."""
+
+    of_stage: int
+    of_panel: int
+    kind: str  # dtype of the scales
+    has_zeros: bool
+
+    @classmethod
+    def of(cls, format: WeightFormat) -> "Groups | None":
+        """Those of a format; None where all inputs of a channel share a scale."""
+        if format.group is None:
+            return None
+        inputs = decoder(format.storage).inputs
+        smallest = 1 if format.zeros else format.scales_dtype.itemsize
+        of_stage = inputs // format.group
+        return cls(of_stage, math.lcm(_LEAST_COPY // smallest, of_stage), format.scale, format.zeros)
+
+    @property
+    def stages(self) -> int:
+        """Of a panel."""
+        return self.of_panel // self.of_stage
+
+
+class Work(NamedTuple):
+    """Tiles of N that have weights each: those of group g are rows g * out_dim and so on."""
+
+    out_dim: int  # M
+    groups: Int32[Array, " tiles"]  # of each tile of N
+    num_tiles: Int32[Array, " 1"]  # that are in use
+
+
+def inputs_of_panel(format: WeightFormat) -> int:
+    """What K, and each split of it, must be a multiple of."""
+    groups = Groups.of(format)
+    return decoder(format.storage).inputs * (groups.stages if groups else 1)
+
+
+def product(
+    weight: QuantizedWeight,
+    x: BFloat16[Array, "N K"],
+    *,
+    tile: Tile,
+    out_dtype: DTypeLike,
+    work: Work | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """[splits, N, M] of out_dtype: parts to add, float32 if several; scales of whole channels are left to the caller
+    then.
+
+    The tile divides all three, a split of K the panels. With `work` each tile of N has its own M rows of the weights.
+    """
+    format = weight.format
+    tiles = Tiles(tile, work.out_dim if work else weight.values.shape[0], *x.shape)
+    groups = Groups.of(format)
+    operands = {"weights": weight.values, "x": in_order_of_pairs(x, decoder(format.storage).pairs)}
+    if groups is not None:
+        scales = weight.scales
+        operands["scales"] = lax.bitcast_convert_type(scales, jnp.uint8) if scales.itemsize == 1 else scales
+    if weight.zeros is not None:
+        operands["zeros"] = weight.zeros
+    if tile.splits == 1 and (channel := channel_scales(weight)) is not None:
+        operands["channel"] = channel
+    if work is not None:
+        operands |= {"group_of_tile": work.groups, "num_tiles": work.num_tiles}
+    parts = Parts(tiles, out_dtype)
+    body = functools.partial(
+        _body,
+        names=tuple(operands),
+        tiles=tiles,
+        parts=parts,
+        groups=groups,
+        storage=format.storage,
+        is_interpreted=bool(interpret),
+    )
+    scratch = _scratch(tile, groups, operands, is_interpreted=bool(interpret)) | {"staged": parts.staged}
+    stored = launch(body, tiles, tuple(operands.values()), out=parts.out, scratch=scratch, interpret=interpret)
+    return parts.by_rows(stored)
+
+
+def channel_scales(weight: QuantizedWeight) -> jax.Array | None:
+    """One float32 for each channel, where the format has them: of whole rows, or of the whole weight."""
+    if weight.format.group is None:
+        return weight.scales[:, 0].astype(jnp.float32)
+    if weight.global_scale is not None:
+        return jnp.broadcast_to(weight.global_scale, weight.scales.shape[:1])
+    return None
+
+
+def _scratch(
+    tile: Tile, groups: Groups | None, operands: Mapping[str, jax.Array], *, is_interpreted: bool
+) -> dict[str, Any]:
+    slots, piece = tile.num_n_slots, tile.k // tile.pieces
+    weights = operands["weights"]
+    scratch = {
+        "weights_smem": swizzled((tile.stages, tile.block_m, 128), weights.dtype),
+        "x_smem": swizzled((slots, tile.n, piece), jnp.bfloat16),
+        "weights_barriers": (full_barrier(tile.stages, 1), free_barrier(tile, tile.stages)),
+        "x_barriers": (full_barrier(slots, 1), free_barrier(tile, slots, is_shared=True)),
+    }
+    if groups is not None:
+        names = ["scales", "zeros"] if groups.has_zeros else ["scales"]
+        shape = (_PANELS, tile.block_m, groups.of_panel)
+        scratch["groups_smem"] = {name: plgpu.SMEM(shape, operands[name].dtype) for name in names}
+        scratch["groups_barriers"] = (full_barrier(_PANELS, len(names)), free_barrier(tile, _PANELS))
+    if "channel" in operands:
+        scratch["channel_smem"] = plgpu.SMEM((tile.block_m,), jnp.float32)
+        scratch["channel_barriers"] = (full_barrier(1, 1), free_barrier(tile, 1))
+    if is_interpreted:
+        scratch["operand_smem"] = swizzled((tile.warpgroups, ROWS, 64), jnp.bfloat16)
+    return scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rings:
+    weights: Ring
+    x: Ring
+    groups: Ring | None
+    channel: Ring | None
+
+
+def _body(
+    *refs: Any,  # operands by `names`, and the output
+    names: tuple[str, ...],
+    tiles: Tiles,
+    parts: Parts,
+    groups: Groups | None,
+    storage: Storage,
+    is_interpreted: bool,
+    **scratch: Any,
+) -> None:
+    """One block: the last warpgroup copies, the others decode and multiply."""
+    tile, out_gmem = tiles.tile, refs[-1]
+    gmem = dict(zip(names, refs, strict=False))
+    if "num_tiles" in gmem:
+        group_of_tile, num_n = gmem["group_of_tile"], gmem["num_tiles"][0]
+        tiles = GroupTiles(tile, tiles.m, tiles.n, tiles.k, tiles, group_of_tile, num_n)
+    rings = _Rings(
+        Ring(tile.stages, *scratch["weights_barriers"]),
+        Ring(tile.num_n_slots, *scratch["x_barriers"]),
+        Ring(_PANELS, *scratch["groups_barriers"]) if groups else None,
+        Ring(1, *scratch["channel_barriers"]) if "channel" in gmem else None,
+    )
+    wg = lax.axis_index("wg")
+
+    @pl.when(wg == tile.warpgroups)
+    def _() -> None:
+        tiles.each(functools.partial(_fill, gmem=gmem, scratch=scratch, rings=rings, tiles=tiles, groups=groups))
+        stages = tiles.num_turns() * tiles.steps
+        rings.weights.drain(stages)
+        rings.x.drain(stages * tile.pieces)
+        if rings.groups and groups:
+            rings.groups.drain(lax.div(stages, groups.stages))
+        if rings.channel:
+            rings.channel.drain(tiles.num_turns())
+
+    @pl.when(wg < tile.warpgroups)
+    def _() -> None:
+        rows = pl.ds(wg * tile.m, tile.m)
+
+        def multiply(turn: jax.Array, index: jax.Array) -> None:
+            split, m, n = tiles.at(index)
+            mine = {name: ref.at[:, rows] for name, ref in scratch.get("groups_smem", {}).items()}
+            mine |= {"weights": scratch["weights_smem"].at[:, rows], "x": scratch["x_smem"]}
+            if is_interpreted:
+                mine["operand"] = scratch["operand_smem"].at[wg]
+            sums = _sums(mine, rings, turn * tiles.steps, tiles=tiles, groups=groups, storage=storage)
+            if rings.channel:
+                rings.channel.to_read(turn)
+                sums = sums * along_columns(scratch["channel_smem"][rows], sums.shape)
+                plgpu.commit_smem()  # what was read is read before TMA, another proxy, writes
+                rings.channel.release(turn)
+            parts.store(sums, scratch["staged"].at[wg], out_gmem, split, m + wg * tile.m, n)
+
+        tiles.each(multiply)
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _fill(
+    turn: jax.Array,
+    index: jax.Array,
+    *,
+    gmem: Mapping[str, Any],
+    scratch: Mapping[str, Any],
+    rings: _Rings,
+    tiles: Tiles,
+    groups: Groups | None,
+) -> None:
+    """Copy one tile's operands as slots become free."""
+    tile, groups_ring = tiles.tile, rings.groups
+    split, m, n = tiles.at(index)
+    channels, piece = pl.ds(tiles.first_channel(m, n), tile.block_m), tile.k // tile.pieces
+
+    @pl.loop(0, tiles.steps)
+    def _(step: jax.Array) -> None:
+        use, stage = turn * tiles.steps + step, split * tiles.steps + step
+        if groups is not None and groups_ring is not None:
+
+            @pl.when(lax.rem(step, groups.stages) == 0)
+            def _() -> None:
+                slot, full = groups_ring.to_fill(lax.div(use, groups.stages))
+                columns = pl.ds(stage * groups.of_stage, groups.of_panel)
+                for name, smem in scratch["groups_smem"].items():
+                    plgpu.copy_gmem_to_smem(gmem[name].at[channels, columns], smem.at[slot], full)
+
+        slot, full = rings.weights.to_fill(use)
+        stored = gmem["weights"].at[channels, pl.ds(stage * 128, 128)]
+        plgpu.copy_gmem_to_smem(stored, scratch["weights_smem"].at[slot], full)
+        for part in range(tile.pieces):
+            slot, full = rings.x.to_fill(use * tile.pieces + part)
+            rows = gmem["x"].at[pl.ds(n, tile.n), pl.ds(stage * tile.k + part * piece, piece)]
+            plgpu.copy_gmem_to_smem(rows, scratch["x_smem"].at[slot], full, collective_axes=shared_by(tile))
+
+    if rings.channel is not None:
+        full = rings.channel.to_fill(turn)[1]
+        plgpu.copy_gmem_to_smem(gmem["channel"].at[channels], scratch["channel_smem"], full)
+
+
+def _sums(
+    smem: Mapping[str, Any],  # [slots, this warpgroup's rows, ...]
+    rings: _Rings,
+    first_use: jax.Array,
+    *,
+    tiles: Tiles,
+    groups: Groups | None,
+    storage: Storage,
+) -> jax.Array:
+    """One tile's products [m, n] in float32."""
+    tile, pairs, groups_ring = tiles.tile, decoder(storage).pairs, rings.groups
+    is_interpreted = "operand" in smem
+
+    def stage(step: jax.Array, sums: Any) -> None:
+        use = first_use + step
+        scales = offsets = None
+        if groups is not None and groups_ring is not None:
+            panel = lax.div(use, groups.stages)
+            pl.when(lax.rem(step, groups.stages) == 0)(lambda: groups_ring.wait_full(panel))
+            scales, offsets = _of_groups(smem, groups_ring.slot(panel), step, groups, storage)
+        words = words_of(smem["weights"].at[rings.weights.to_read(use)], is_interpreted)
+        decode = functools.partial(operand, words, storage=storage, scales=scales, offsets=offsets)
+        plgpu.commit_smem()  # what was read is read before TMA, another proxy, writes
+        rings.weights.release(use)
+        following = decode(0, is_interpreted=is_interpreted)
+        for pair in range(pairs):
+            part, of_part = divmod(pair, pairs // tile.pieces)
+            x_use = use * tile.pieces + part
+            slot = rings.x.to_read(x_use) if of_part == 0 else rings.x.slot(x_use)
+            columns = smem["x"].at[slot, :, pl.ds(64 * of_part, 64)].transpose((1, 0))
+            plgpu.wgmma(sums, _through_memory(following, smem.get("operand")), columns)
+            if pair + 1 < pairs:
+                following = decode(pair + 1, is_interpreted=is_interpreted)
+            plgpu.wgmma_wait(0)
+            if of_part == pairs // tile.pieces - 1:
+                rings.x.release(x_use)
+        if groups is not None and groups_ring is not None:
+            pl.when(lax.rem(step, groups.stages) == groups.stages - 1)(lambda: groups_ring.release(panel))
+
+    def run(sums: Any) -> jax.Array:
+        pl.loop(0, tiles.steps)(functools.partial(stage, sums=sums))
+        done: jax.Array = sums[...]
+        return done
+
+    whole: jax.Array = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((tile.m, tile.n), jnp.float32))
+    return whole
+
+
+def _of_groups(
+    smem: Mapping[str, Any], slot: jax.Array, step: jax.Array, groups: Groups, storage: Storage
+) -> tuple[jax.Array, jax.Array | None]:
+    """A stage's scales, and offsets where there are zero points."""
+    first = lax.rem(step, groups.stages) * groups.of_stage
+    is_interpreted = "operand" in smem
+    place: dict[str, Any] = {"first": first, "count": groups.of_stage, "is_interpreted": is_interpreted}
+    scales = scales_of(smem["scales"].at[slot], **place, kind=groups.kind)
+    offsets = offsets_of(smem["zeros"].at[slot], **place, storage=storage) if groups.has_zeros else None
+    return scales, offsets
+
+
+def _through_memory(values: jax.Array, smem: Any) -> Any:
+    """The operand as it is, or in interpret mode, which gives a place for it, from there."""
+    if smem is None:
+        return values
+    smem[...] = values
+    plgpu.commit_smem()
+    return smem

@@ -1,0 +1,151 @@
+"""What the Mosaic GPU kernels of matmuls over groups of rows share: work lists, persistent blocks, ragged stores."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int32
+
+from ..tuning import tuned
+from .contract import WeightFormat
+
+LINE_BYTES = 128  # of `in` in one step: the widest swizzle
+STAGED_BYTES = 32 * 1024  # of output in shared memory, at most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Tile sizes, of which `rows` follows the problem and the others are tuned for it."""
+
+    rows: int  # of a tile, at most
+    channels: int  # output channels of one warpgroup
+    stages: int
+    panel: int  # tiles of output channels that run side by side
+    blocks: int  # persistent ones
+
+    @classmethod
+    def of(cls, operation: str, device_kind: str, dtype: DTypeLike, rows: int) -> "Sizes":
+        """The tuned ones of an operation for tiles of so many rows, of operands of a dtype."""
+        return cls(rows=rows, **tuned(operation, device_kind, f"{jnp.dtype(dtype).name}_{rows}"))
+
+
+def is_fp8(format: WeightFormat) -> bool:
+    """Whether both operands are float8 with scales that a whole channel and a whole row share."""
+    is_by_channel = format.group is None and format.block_rows == 1 and not format.global_scale
+    return is_by_channel and format.storage == format.activations == "float8_e4m3fn"
+
+
+def mean_tile_rows(num_rows: int, num_groups: int, choices: Sequence[int]) -> int:
+    """Of the choices, about twice the mean rows of a group: groups differ, and a second tile reads weights again."""
+    return next((rows for rows in choices if rows * num_groups >= 2 * num_rows), choices[-1])
+
+
+def work_list(
+    group_sizes: Int32[Array, " E"], num_rows: int, tile_rows: int
+) -> tuple[Int32[Array, "3 tiles"], Int32[Array, " 1"]]:
+    """The tiles of rows: their groups, first rows and numbers of rows; and how many tiles there are.
+
+    The rows beyond all groups are a last group of their own, number E.
+    """
+    sizes = jnp.concatenate([group_sizes, num_rows - jnp.sum(group_sizes, keepdims=True)]).astype(jnp.int32)
+    num_groups = sizes.shape[0]
+    row_ends, tile_ends = jnp.cumsum(sizes), jnp.cumsum((sizes + tile_rows - 1) // tile_rows)
+    tile = jnp.arange(min(num_rows, (num_rows + num_groups * (tile_rows - 1)) // tile_rows), dtype=jnp.int32)
+    group = jnp.searchsorted(tile_ends, tile, side="right", method="compare_all").astype(jnp.int32)
+    group = jnp.minimum(group, num_groups - 1)
+    first_tile = tile_ends[group] - (sizes[group] + tile_rows - 1) // tile_rows
+    start = row_ends[group] - sizes[group] + (tile - first_tile) * tile_rows
+    count = jnp.clip(row_ends[group] - start, 0, tile_rows)
+    return jnp.stack([group, start, count]), tile_ends[-1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A tile of rows of one group times a tile of output channels. All are traced scalars."""
+
+    steps_before: jax.Array  # of this block's items before
+    steps: jax.Array  # along `in`; 0 for rows beyond all groups, whose products are zeros
+    group: jax.Array
+    start: jax.Array  # the first row
+    count: jax.Array  # the rows that are its own
+    out_tile: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """The items that the persistent block "block" turns to, panels of output channels outermost."""
+
+    tiles: Any  # a ref [3, tiles]
+    num_tiles: jax.Array
+    num_groups: int
+    num_out: int  # tiles of output channels
+    num_steps: int
+    sizes: Sizes
+
+    def visit(self, fn: Callable[[Item], None]) -> None:
+        """Calls fn for every item in turn."""
+        num_items = self.num_tiles * self.num_out
+        block, blocks = lax.axis_index("block"), self.sizes.blocks
+
+        def one(turn: jax.Array, steps_before: jax.Array) -> jax.Array:
+            item = block + turn * blocks
+            first = lax.div(item, self.num_tiles * self.sizes.panel) * self.sizes.panel
+            width = jnp.minimum(self.sizes.panel, self.num_out - first)
+            rest = item - first * self.num_tiles
+            tile = lax.div(rest, width)
+            group, start, count = self.tiles[0, tile], self.tiles[1, tile], self.tiles[2, tile]
+            steps = jnp.where(group < self.num_groups, self.num_steps, 0)
+            group = jnp.minimum(group, self.num_groups - 1)
+            fn(Item(steps_before, steps, group, start, count, first + lax.rem(rest, width)))
+            return steps_before + steps
+
+        lax.fori_loop(0, lax.div(num_items - block + blocks - 1, blocks), one, jnp.int32(0))
+
+
+def swizzled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
+    """A tile of shared memory [..., rows, LINE_BYTES] as TMA fills it and tensor cores read it."""
+    tiling = plgpu.TilingTransform((8, shape[-1]))  # type: ignore[abstract]  # a Protocol's empty body
+    return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, plgpu.SwizzleTransform(LINE_BYTES)))  # type: ignore[abstract]
+
+
+def scaled(piece: jax.Array, row_scales: Any, channel_scales: Any, layout: Any) -> jax.Array:
+    """[channels, rows] times both scales, which lie in global memory; `layout` is that of the piece."""
+    for axis, scales in ((1, row_scales), (0, channel_scales)):
+        one = plgpu.load(scales, layout=layout.reduce(1 - axis), optimized=False)
+        piece = piece * plgpu.layout_cast(lax.broadcast_in_dim(one, piece.shape, (axis,)), layout)
+    return piece
+
+
+def store_rows(piece: jax.Array, staged: Any, out: Any, place: tuple[jax.Array, jax.Array], channels: Any) -> None:
+    """A piece [channels, rows], transposed through `staged` [rows, channels], to its own rows of `out`.
+
+    `place` is the first row and how many there are, fewer than the piece has or more: a full piece leaves in one TMA
+    store, another row by row. The warpgroup that calls waits for its own earlier stores to have read `staged`.
+    """
+    num_staged, (start, count) = staged.shape[0], place
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    _store_unoptimized(staged.transpose((1, 0)), piece.astype(staged.dtype))
+    plgpu.commit_smem()
+
+    @pl.when(count >= num_staged)
+    def _() -> None:
+        plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(start, num_staged), channels])
+
+    @pl.when(count < num_staged)
+    def _() -> None:
+        @pl.loop(0, count)
+        def _(row: jax.Array) -> None:
+            plgpu.copy_smem_to_gmem(staged.at[pl.ds(row, 1)], out.at[pl.ds(start + row, 1), channels])
+
+
+def _store_unoptimized(target: Any, value: jax.Array) -> None:
+    if hasattr(plgpu, "store"):
+        plgpu.store(target, value, optimized=False)
+    else:  # jax 0.11, whose plain stores may have bank conflicts
+        target[...] = value

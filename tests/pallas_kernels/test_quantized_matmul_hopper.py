@@ -1,0 +1,182 @@
+"""The Hopper kernels of the quantized matmul, in GPU interpret mode with race detection, and lowered for the chip."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from millrace.pallas_kernels.dispatch import KernelChoices
+from millrace.pallas_kernels.quantized_matmul import FORMATS, MatmulProblem, WeightFormat, hopper, matmul
+from millrace.pallas_kernels.quantized_matmul.contract import QuantizedWeight
+from millrace.pallas_kernels.quantized_matmul.formats import dequantize, pack_nibbles, quantize, quantize_rows
+from millrace.pallas_kernels.quantized_matmul.hopper_decode import decoder, in_order_of_pairs, operand, words_of
+from millrace.pallas_kernels.quantized_matmul.hopper_tiles import Tile
+
+H200 = "NVIDIA H200"
+INT4 = FORMATS["int4"]
+WITH_ZEROS = dataclasses.replace(INT4, zeros=True, group=32, scale="float16")
+LARGEST = dataclasses.replace(WITH_ZEROS, group=128, scale="float32")  # in shared memory
+SERVED = [format for name, format in FORMATS.items() if name != "fp8_block"]
+# (out, in) of Llama-2-70B and Llama-3.1-8B, whole and over 8 devices
+SHAPES = ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672), (14336, 4096), (4096, 14336), (128256, 4096))
+
+
+def tile(**sizes: int) -> Tile:
+    return Tile(**{"m": 64, "n": 8, "k": 128, "stages": 2, "warpgroups": 1, "blocks": 2, "panel": 2} | sizes)
+
+
+def draw(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape), jnp.bfloat16)
+
+
+def check(format: WeightFormat, num_rows: int, shape: tuple[int, int], tile: Tile, out_dtype: str = "bfloat16") -> None:
+    """The kernel against the float32 product of what it was given."""
+    x, weight = draw(num_rows, shape[1]), quantize(draw(*shape), format)
+    output = hopper.matmul(
+        x, weight, platform="gpu", out_dtype=out_dtype, device_kind=H200, tile=tile,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )  # fmt: skip
+    wide = np.float32(x)
+    if format.activations != "own":
+        values, scales = quantize_rows(x, format.activations)
+        wide = np.float32(values) * np.float32(scales)
+    expected = wide @ np.float32(dequantize(weight)).T
+    assert (output.shape, output.dtype) == ((num_rows, shape[0]), out_dtype)
+    np.testing.assert_allclose(np.float32(output), expected, rtol=1e-2, atol=1e-2 * np.abs(expected).max())
+
+
+def test_fp8_of_many_rows_multicasts_weights_and_goes_on_over_tiles() -> None:
+    wide = tile(n=128, stages=3, warpgroups=2, cluster=2, blocks=2)
+    check(FORMATS["fp8"], 300, (256, 256), dataclasses.replace(wide, m=64))
+
+
+def test_int8_of_few_rows_in_splits_adds_up() -> None:
+    check(FORMATS["int8"], 5, (128, 512), tile(splits=2))
+
+
+def test_int4_of_few_rows_multicasts_activations() -> None:
+    check(INT4, 5, (128, 1024), tile(k=256, cluster=2))
+
+
+def test_int4_with_zero_points_comes_in_pieces() -> None:
+    check(WITH_ZEROS, 5, (128, 1024), tile(k=256, warpgroups=2, pieces=4, n_slots=5), "float32")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("num_rows", [1, 8, 130])
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_eight_bit_operands_agree_with_the_product(name: str, num_rows: int) -> None:
+    narrow = tile(n=8, k=256)
+    check(FORMATS[name], num_rows, (256, 512), narrow if num_rows < 100 else tile(n=64, warpgroups=2))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize(
+    "format",
+    [
+        *(FORMATS[name] for name in ("int8_a16", "fp8_a16", "mxfp8", "mxfp4", "nvfp4", "int4")),
+        dataclasses.replace(INT4, group=32),
+        dataclasses.replace(INT4, group=128, scale="float32"),
+        WITH_ZEROS,
+        dataclasses.replace(WITH_ZEROS, group=128),
+    ],
+    ids=lambda format: f"{format.name}-{format.group}-{format.scale}-{format.zeros}",
+)
+def test_decoded_weights_agree_with_the_product(format: WeightFormat, splits: int) -> None:
+    sizes = tile(n=16, k=decoder(format.storage).inputs, stages=3, warpgroups=2, splits=splits)
+    check(format, 20, (256, 4096), sizes, "float32")
+
+
+@pytest.mark.kernels
+def test_clusters_of_eight_take_turns() -> None:
+    check(INT4, 40, (2048, 512), tile(n=8, k=256, cluster=8, blocks=16))
+
+
+@pytest.mark.parametrize("name", ["int4", "int8_a16", "fp8_a16", "mxfp4"])
+def test_every_stored_value_is_decoded_exactly(name: str) -> None:
+    format = FORMATS[name]
+    size = 16 if format.is_packed else 256
+    codes = np.tile(np.arange(size), 64 * 256 // size).reshape(64, 256)[:, : decoder(format.storage).inputs]
+    stored = jnp.asarray(codes, jnp.uint8)
+    if format.storage == "float8_e4m3fn":
+        stored = jnp.where(stored & 0x7F == 0x7F, jnp.uint8(0), stored)  # NaN, which nothing that quantizes stores
+    values = pack_nibbles(stored) if format.is_packed else jax.lax.bitcast_convert_type(stored, format.values_dtype)
+    scales = jnp.ones(format.scales_shape(64, codes.shape[1]), format.scales_dtype)
+    expected = np.float32(dequantize(QuantizedWeight(values=values, scales=scales, format=format)))
+    words, pairs = words_of(values, is_interpreted=True), decoder(format.storage).pairs
+    operands = [operand(words, pair, format.storage, None, None, is_interpreted=True) for pair in range(pairs)]
+    np.testing.assert_array_equal(np.concatenate(operands, axis=1), in_order_of_pairs(expected, pairs))
+
+
+def problem(**fields: object) -> MatmulProblem:
+    usual = {"platform": "gpu", "format": INT4, "num_rows": 8, "in_dim": 8192, "out_dim": 8192, "dtype": "bfloat16"}
+    return MatmulProblem(**usual | {"device_kind": H200} | fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"platform": "cpu"}, "made for Hopper"),
+        ({"device_kind": "NVIDIA B200"}, "made for Hopper, not for NVIDIA B200"),
+        ({"format": None}, "not quantized"),
+        ({"dtype": "float32"}, "must be bfloat16, not float32"),
+        ({"format": FORMATS["fp8_block"]}, "scales for blocks of channels"),
+        ({"format": dataclasses.replace(INT4, group=1024)}, "groups of 1024 inputs do not divide"),
+        ({"out_dim": 8200}, "out must be a multiple of 64 and in of 512, not 8200 and 8192"),
+        ({"in_dim": 11008}, "in of 512, not 8192 and 11008"),
+        ({"num_rows": 4096}, "more than 2048 rows, not 4096"),
+    ],
+)
+def test_what_it_cannot_serve_is_said(fields: dict[str, object], reason: str) -> None:
+    assert reason in str(hopper.unsupported(problem(**fields)))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "fp8_block"])
+@pytest.mark.parametrize("num_rows", [1, 9, 17, 33, 64, 65, 300, 2048])
+def test_tiles_divide_the_weights_of_models(name: str, num_rows: int) -> None:
+    for out_dim, in_dim in SHAPES:
+        if hopper.unsupported(problem(format=FORMATS[name], num_rows=num_rows, out_dim=out_dim, in_dim=in_dim)):
+            assert (in_dim % 512, name) == (0, "int4"), "only panels of scales that do not divide are left to XLA"
+            continue
+        chosen = hopper.tile_for(FORMATS[name], num_rows, out_dim, in_dim, H200)
+        assert in_dim % (chosen.k * chosen.splits) == 0
+        is_wide = name in ("fp8", "int8") and num_rows > 128
+        assert out_dim % (chosen.n if is_wide else chosen.block_m * chosen.cluster) == 0
+        tiles = math.prod((out_dim // chosen.block_m, -(-num_rows // chosen.n)))
+        assert chosen.splits * tiles <= max(tiles, chosen.blocks)
+
+
+def lower(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight) -> None:
+    """Make a program for an H200, which must choose the kernels of this file."""
+    kernels = KernelChoices("gpu", device_kind=H200)
+    device = AbstractDevice(device_kind=H200, num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        run = jax.jit(lambda x, w: matmul(x, w, kernels=kernels))
+        run.trace(x, weight).lower(lowering_platforms=("cuda",))
+    assert kernels.made == (("quantized_matmul", "hopper"),)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int4"])
+def test_problems_beside_a_hopper_choose_it(name: str) -> None:
+    lower(draw(4, 512), quantize(draw(128, 512), FORMATS[name]))
+
+
+def test_problems_beside_a_cpu_choose_xla() -> None:
+    kernels = KernelChoices("cpu", device_kind="cpu")
+    matmul(draw(4, 512), quantize(draw(128, 512), INT4), kernels=kernels)
+    assert kernels.made == (("quantized_matmul", "xla"),)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("out_dim", [1024, 8192])
+@pytest.mark.parametrize("num_rows", [1, 16, 32, 64, 128, 512, 2048])
+@pytest.mark.parametrize("format", [*SERVED, LARGEST], ids=lambda format: f"{format.name}-{format.scale}")
+def test_tuned_sizes_lower_for_the_chip(format: WeightFormat, num_rows: int, out_dim: int) -> None:
+    weight = jax.eval_shape(lambda: quantize(jnp.zeros((out_dim, 8192)), format))
+    lower(jax.ShapeDtypeStruct((num_rows, 8192), jnp.bfloat16), weight)
