@@ -69,6 +69,7 @@ bench:
 	@$(BIN)/python benchmarks/startup.py
 	@$(BIN)/python benchmarks/step_overhead.py
 	@$(BIN)/python benchmarks/batch_scaling.py
+	@$(BIN)/python benchmarks/artifact.py
 
 # llama.cpp is built with the compiler that is here, which takes minutes; the benchmark goes on where that fails.
 bench-weights:

@@ -89,7 +89,7 @@ def cases() -> tuple[Case, ...]:
     return tuple(sorted(found, key=lambda case: not _TARGETED.fullmatch(case.name)))
 
 
-_TARGETED = re.compile(r"decode \w+ (256 x 2k|4 x 64k)|prefill bfloat16 .*|(fp8|int4|bf16) 70b_gate M=\d+")
+_TARGETED = re.compile(r"decode \w+ (256 x 2k|4 x 64k)|prefill bfloat16 \d+k|(fp8|int4|bf16) 70b_gate M=\d+")
 
 
 # Linear layers [out, in] of Llama-2-70B and Llama-3.1-8B.
@@ -124,6 +124,10 @@ _ROWS: Mapping[tuple[str, str], tuple[int, ...]] = {
     ("mxfp8", "70b_gate"): (64, 4096),
     ("mxfp4", "70b_gate"): (16, 64, 4096),
     ("nvfp4", "70b_gate"): (16, 64, 4096),
+    # What no model above asks for, so that every tuned size is compiled.
+    ("fp8", "8b_k"): (32, 128),
+    ("int4", "8b_k"): (32, 128),
+    ("fp8_a16", "8b_k"): (8, 32, 128),
 }
 
 
@@ -158,8 +162,8 @@ def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
 # Experts: number, experts of a token, width of the MLP and of the model.
 EXPERTS = {"qwen3_30b": (128, 8, 768, 2048), "gpt_oss": (32, 4, 2880, 2880)}
 _GROUPED_ROWS: Mapping[tuple[str, str], tuple[int, ...]] = {
-    ("bf16", "qwen3_30b"): (32, 4096),
-    ("fp8", "qwen3_30b"): (32, 4096),
+    ("bf16", "qwen3_30b"): (16, 32, 256, 512, 1024, 2048, 4096),
+    ("fp8", "qwen3_30b"): (16, 32, 256, 512, 1024, 2048, 4096),
     ("int4", "qwen3_30b"): (32,),
     ("mxfp4", "gpt_oss"): (32, 2048),
 }
@@ -210,6 +214,11 @@ def _attention_cases() -> Iterator[Case]:
     yield attention_case("decode sinks, head 64", "bfloat16", decode, heads=(64, 8, 64), has_sinks=True)
     for heads in ((32, 32, 80), (32, 32, 96), (32, 1, 128)):
         yield attention_case("decode heads {} / {} of {}".format(*heads), "bfloat16", decode, heads=heads)
+    for head_dim in (64, 80, 96, 128, 256):
+        for cache in ("bfloat16", "float8_e4m3fn", "int8"):
+            heads = (32, 8, head_dim)
+            yield attention_case(f"decode {cache}, head {head_dim}", cache, [(1, 2048)] * 64, heads=heads)
+            yield attention_case(f"prefill {cache}, head {head_dim}", cache, [(1024, 2048)], heads=heads)
 
 
 def attention_case(

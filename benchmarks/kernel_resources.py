@@ -45,7 +45,8 @@ def parse_dump(text: str) -> list[KernelResources]:
     in one order.
 
     Raises:
-      ValueError: the compilers said less than they used to.
+      ValueError: the compilers said less than they used to; or the process had compiled a kernel before, and now only
+        lowered it: nothing says which.
     """
     memory = re.findall(r"^Resources\(.*$", text, re.MULTILINE)
     starts = [match.start() for match in re.finditer(r"^\.visible \.entry ", text, re.MULTILINE)]

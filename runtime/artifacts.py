@@ -187,7 +187,7 @@ def facts_of(deployment: Deployment) -> dict[str, Any]:
 
 def _model_facts(model: ModelConfig) -> dict[str, Any]:
     """The architecture; the dtype is an option, whatever the checkpoint declares."""
-    facts = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    facts = dataclasses.asdict(dataclasses.replace(model, layers=()))
     facts["layers"] = [
         {"times": stage.num_repeats, "period": [dataclasses.asdict(layer) for layer in stage.period]}
         for stage in model.stages

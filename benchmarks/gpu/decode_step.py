@@ -50,7 +50,7 @@ def deployment_of(options: argparse.Namespace, num_layers: int) -> Deployment:
 
 
 def control_of(deployment: Deployment, bucket: Bucket, context_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """A step in which every slot decodes, its pages lying scattered."""
+    """A greedy step in which every slot decodes, its pages lying scattered."""
     layout = Layout(bucket, deployment.model.pages_per_slot)
     packed, flags = np.zeros((1, layout.width), np.int32), np.zeros(NUM_FLAGS, np.int32)
     fields = layout.views(packed)
@@ -59,7 +59,6 @@ def control_of(deployment: Deployment, bucket: Bucket, context_len: int) -> tupl
     fields["budgets"][...] = flags[0] = STEPS
     fields["kv_lens"][...] = context_len
     fields["page_tables"][0] = np.random.default_rng(0).permutation(num_pages).reshape(bucket.num_rows, -1)
-    fields["repetition"][...] = fields["top_p"][...] = 1
     return packed, flags
 
 

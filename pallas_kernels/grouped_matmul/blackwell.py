@@ -11,7 +11,7 @@ from ..dispatch import Platform
 from ..quantized_matmul import blackwell
 from ..quantized_matmul.contract import QuantizedWeight
 from ..quantized_matmul.formats import quantize_rows
-from ..quantized_matmul.row_tiles import Sizes, is_fp8, mean_tile_rows
+from ..quantized_matmul.row_tiles import TILED_ROWS, Sizes, is_fp8, mean_tile_rows
 from ..tuning import generation
 from .gradients import with_xla_gradients
 
@@ -44,7 +44,8 @@ def grouped_matmul(
     out_dtype = jnp.dtype(out_dtype)
     stored = weight.values if isinstance(weight, QuantizedWeight) else weight
     if sizes is None:
-        tile_rows = mean_tile_rows(x.shape[0], stored.shape[0], blackwell.ROW_TILES)
+        choices, most_before = blackwell.ROW_TILES, TILED_ROWS - 1
+        tile_rows = mean_tile_rows(x.shape[0], stored.shape[0], choices, most_before=most_before)
         sizes = Sizes.of("grouped_matmul", device_kind, stored.dtype, tile_rows)
     multiply = functools.partial(blackwell.multiply_groups, sizes=sizes, out_dtype=out_dtype, interpret=interpret)
     if isinstance(weight, QuantizedWeight):

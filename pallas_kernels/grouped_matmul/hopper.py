@@ -2,13 +2,14 @@
 
 Schedule. Operands are swapped: the weight tile [channels, in] is wgmma's M side, a tile of rows its N side, so that few
 rows cost few columns (8 instead of 64) and fp8, whose operands must both run along `in`, needs no transpose.
-An item is a tile of at most `rows` rows of one group times `2 * channels` output channels; items are dealt out over
+An item is one group's part of a tile of `rows` rows times `2 * channels` output channels; items are dealt out over
 persistent blocks, panels of output channels outermost, so that what runs at once shares weights and rows in L2.
 A producer warpgroup keeps `stages` tiles of both operands in flight with TMA, over the ends of items too; two consumer
-warpgroups take half of the channels each. Rows past a tile's own are computed and not stored: a full tile leaves in
-one TMA store, another row by row. Rows beyond all groups are tiles without steps, which store zeros; empty groups have
-no tiles. Reading weights bounds it where groups have few rows (36 KB per SM and microsecond: at least 64 KB are in
-flight), wgmma where they have many (128 x 256 tiles).
+warpgroups take half of the channels each. Tiles begin at multiples of 8 rows, since TMA reads into tiles of 8. Rows
+before and past a tile's own are computed and not stored: a full tile leaves in one TMA store, another row by row. Rows
+beyond all groups are tiles without steps, which store zeros; empty groups have no tiles. Reading weights bounds it
+where groups have few rows (36 KB per SM and microsecond: at least 64 KB are in flight), wgmma where they have many
+(128 x 256 tiles).
 
 Operands. A slot is refilled only after both consumers arrived at its `free` barrier. A consumer arrives for the slot of
 step k-1 after `wgmma_wait(1)` behind the wgmma of step k, which leaves only that one in flight; and for an item's last
@@ -32,6 +33,7 @@ from ..quantized_matmul.formats import quantize_rows
 from ..quantized_matmul.row_tiles import (
     LINE_BYTES,
     STAGED_BYTES,
+    TILED_ROWS,
     Item,
     Items,
     Sizes,
@@ -85,7 +87,7 @@ def grouped_matmul(
         return hopper_a16.grouped_matmul(x, weight, group_sizes, tile=tile, out_dtype=out_dtype, interpret=interpret)
     stored = weight.values if isinstance(weight, QuantizedWeight) else weight
     if sizes is None:
-        tile_rows = mean_tile_rows(x.shape[0], stored.shape[0], ROW_TILES)
+        tile_rows = mean_tile_rows(x.shape[0], stored.shape[0], ROW_TILES, most_before=TILED_ROWS - 1)
         sizes = Sizes.of("grouped_matmul", device_kind, stored.dtype, tile_rows)
     multiply = functools.partial(_multiply, sizes=sizes, out_dtype=out_dtype, interpret=interpret)
     if isinstance(weight, QuantizedWeight):
@@ -113,8 +115,8 @@ def _multiply(
         return jnp.zeros((0, out_dim), out_dtype)
     stored_dtype = out_dtype if out_dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else jnp.dtype(jnp.float32)
     tiles, num_tiles = work_list(group_sizes, num_rows, sizes.rows)
-    # TMA copies whole tiles of 8 rows and a line; only their last rows may lie beyond the array.
-    arguments = [tiles, num_tiles, jnp.pad(x, ((0, -num_rows % 8), (0, 0))), weight]
+    # TMA copies whole tiles of 8 rows and a line; only tiles as a whole may lie beyond the array.
+    arguments = [tiles, num_tiles, jnp.pad(x, ((0, -num_rows % TILED_ROWS), (0, 0))), weight]
     if scales is not None:
         # A tile's rows may reach past the last one; TMA fills x with zeros there, but scales are plain loads.
         arguments += [jnp.pad(scales[0], (0, sizes.rows)), scales[1]]
@@ -204,8 +206,10 @@ def _body(
                 by_row = scales[0].at[pl.ds(item.start + first, num_staged)]
                 piece = scaled(piece, by_row, scales[1].at[item.group, pl.ds(channel, channels)], plgpu.Layout.WGMMA)
                 piece = jnp.where(item.steps > 0, piece, 0.0)  # there the scales are nobody's
-            place = item.start + first, item.count - first
-            store_rows(piece, staged.at[warpgroup], out, place, channel_slice(item, warpgroup))
+            target = channel_slice(item, warpgroup)
+            store_rows(
+                piece, staged.at[warpgroup], out, item.start + first, item.own, target, plgpu.Layout.WGMMA_TRANSPOSED
+            )
 
     @pl.when(warpgroup == CONSUMERS)
     def _() -> None:

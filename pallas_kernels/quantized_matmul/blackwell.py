@@ -1,8 +1,9 @@
 """Matmuls for Blackwell: TMA, tcgen05 and tensor memory; fp8 linear layers, and any groups of rows.
 
 Schedule. As on Hopper the operands are swapped: a weight tile [128 channels, in] is the M side, a tile of rows the N
-side, so the accumulator has a channel on each of the 128 lanes of tensor memory and a row in each column. An item is a
-tile of at most `rows` rows of one group times 128 channels; items are dealt out over persistent blocks, one on each SM.
+side, so the accumulator has a channel on each of the 128 lanes of tensor memory and a row in each column. An item is
+one group's part of a tile of `rows` rows, which begins at a multiple of 8 since TMA reads into tiles of 8, times 128
+channels; the other rows are computed and not stored. Items are dealt out over persistent blocks, one on each SM.
 Three warpgroups: one keeps `stages` tiles of both operands in flight with TMA, over the ends of items too; one issues
 the products; one scales what is done and stores it. The accumulator is there twice, so an item is stored while the next
 is multiplied. Reading weights bounds it with few rows (54 KB per SM and microsecond: `stages` hold 160 KB and more),
@@ -29,7 +30,19 @@ from ..dispatch import Platform
 from ..tuning import generation
 from .contract import MatmulProblem, QuantizedWeight
 from .formats import quantize_rows
-from .row_tiles import LINE_BYTES, STAGED_BYTES, Item, Items, Sizes, is_fp8, scaled, store_rows, swizzled, work_list
+from .row_tiles import (
+    LINE_BYTES,
+    STAGED_BYTES,
+    TILED_ROWS,
+    Item,
+    Items,
+    Sizes,
+    is_fp8,
+    scaled,
+    store_rows,
+    swizzled,
+    work_list,
+)
 
 ROW_TILES = (16, 32, 64, 128, 256)
 CHANNELS = 128  # lanes of tensor memory
@@ -100,8 +113,8 @@ def multiply_groups(
         return jnp.zeros((0, out_dim), out_dtype)
     stored_dtype = out_dtype if out_dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else jnp.dtype(jnp.float32)
     tiles, num_tiles = work_list(group_sizes, num_rows, sizes.rows)
-    # TMA copies whole tiles of 8 rows and a line; only their last rows may lie beyond the array.
-    arguments = [tiles, num_tiles, jnp.pad(x, ((0, -num_rows % 8), (0, 0))), weight]
+    # TMA copies whole tiles of 8 rows and a line; only tiles as a whole may lie beyond the array.
+    arguments = [tiles, num_tiles, jnp.pad(x, ((0, -num_rows % TILED_ROWS), (0, 0))), weight]
     if scales is not None:
         # A tile's rows may reach past the last one; TMA fills x with zeros there, but scales are plain loads.
         arguments += [jnp.pad(scales[0], (0, sizes.rows)), scales[1]]
@@ -199,7 +212,7 @@ def _body(
                 by_row = scales[0].at[pl.ds(item.start + first, num_staged)]
                 piece = scaled(piece, by_row, scales[1].at[item.group, channels], layout)
             piece = jnp.where(item.steps > 0, piece, 0.0)  # without steps there is no product
-            store_rows(piece, staged, out, (item.start + first, item.count - first), channels)
+            store_rows(piece, staged, out, item.start + first, item.own, channels, plgpu.Layout.TCGEN05_TRANSPOSED)
         plgpu.wait_load_tmem()
 
         @pl.when(item.steps > 0)

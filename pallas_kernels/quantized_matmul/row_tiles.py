@@ -16,6 +16,9 @@ from ..tuning import tuned
 from .contract import WeightFormat
 
 LINE_BYTES = 128  # of `in` in one step: the widest swizzle
+# Rows of shared memory that are tiled together. TMA copies whole such tiles of an array: from a row within one it takes
+# that row's place in each, and zeros past its end, and nothing says so.
+TILED_ROWS = 8
 STAGED_BYTES = 32 * 1024  # of output in shared memory, at most
 
 
@@ -41,28 +44,37 @@ def is_fp8(format: WeightFormat) -> bool:
     return is_by_channel and format.storage == format.activations == "float8_e4m3fn"
 
 
-def mean_tile_rows(num_rows: int, num_groups: int, choices: Sequence[int]) -> int:
-    """Of the choices, about twice the mean rows of a group: groups differ, and a second tile reads weights again."""
-    return next((rows for rows in choices if rows * num_groups >= 2 * num_rows), choices[-1])
+def mean_tile_rows(num_rows: int, num_groups: int, choices: Sequence[int], *, most_before: int = 0) -> int:
+    """Of the choices, about twice the mean rows of a group: groups differ, and a second tile reads weights again.
+
+    The mean rows have room in one tile after as many as `most_before` rows of others.
+    """
+    wanted = max(2 * num_rows, num_rows + most_before * num_groups)
+    return next((rows for rows in choices if rows * num_groups >= wanted), choices[-1])
 
 
 def work_list(
     group_sizes: Int32[Array, " E"], num_rows: int, tile_rows: int
-) -> tuple[Int32[Array, "3 tiles"], Int32[Array, " 1"]]:
-    """The tiles of rows: their groups, first rows and numbers of rows; and how many tiles there are.
+) -> tuple[Int32[Array, "4 tiles"], Int32[Array, " 1"]]:
+    """The tiles of rows: group, where the tile begins, and where its own rows begin and end; and how many there are.
 
-    The rows beyond all groups are a last group of their own, number E.
+    Tiles begin at multiples of TILED_ROWS, so that a group's first tile may begin with rows of groups before. The rows
+    beyond all groups are a last group of their own, number E.
     """
     sizes = jnp.concatenate([group_sizes, num_rows - jnp.sum(group_sizes, keepdims=True)]).astype(jnp.int32)
     num_groups = sizes.shape[0]
-    row_ends, tile_ends = jnp.cumsum(sizes), jnp.cumsum((sizes + tile_rows - 1) // tile_rows)
-    tile = jnp.arange(min(num_rows, (num_rows + num_groups * (tile_rows - 1)) // tile_rows), dtype=jnp.int32)
+    row_ends = jnp.cumsum(sizes)
+    row_starts = row_ends - sizes
+    group_starts = row_starts // TILED_ROWS * TILED_ROWS
+    num_tiles = jnp.where(sizes > 0, (row_ends - group_starts + tile_rows - 1) // tile_rows, 0)
+    tile_ends = jnp.cumsum(num_tiles)
+    most_added = TILED_ROWS - 1 + tile_rows - 1  # to a group's rows, before them and after
+    tile = jnp.arange(min(num_rows, (num_rows + num_groups * most_added) // tile_rows), dtype=jnp.int32)
     group = jnp.searchsorted(tile_ends, tile, side="right", method="compare_all").astype(jnp.int32)
     group = jnp.minimum(group, num_groups - 1)
-    first_tile = tile_ends[group] - (sizes[group] + tile_rows - 1) // tile_rows
-    start = row_ends[group] - sizes[group] + (tile - first_tile) * tile_rows
-    count = jnp.clip(row_ends[group] - start, 0, tile_rows)
-    return jnp.stack([group, start, count]), tile_ends[-1:]
+    start = group_starts[group] + (tile - tile_ends[group] + num_tiles[group]) * tile_rows
+    first, end = jnp.maximum(start, row_starts[group]), jnp.minimum(start + tile_rows, row_ends[group])
+    return jnp.stack([group, start, first, end]), tile_ends[-1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +84,8 @@ class Item:
     steps_before: jax.Array  # of this block's items before
     steps: jax.Array  # along `in`; 0 for rows beyond all groups, whose products are zeros
     group: jax.Array
-    start: jax.Array  # the first row
-    count: jax.Array  # the rows that are its own
+    start: jax.Array  # the tile's first row, a multiple of TILED_ROWS
+    own: tuple[jax.Array, jax.Array]  # the first row of its group, and the end of those
     out_tile: jax.Array
 
 
@@ -81,7 +93,7 @@ class Item:
 class Items:
     """The items that the persistent block "block" turns to, panels of output channels outermost."""
 
-    tiles: Any  # a ref [3, tiles]
+    tiles: Any  # a ref [4, tiles]
     num_tiles: jax.Array
     num_groups: int
     num_out: int  # tiles of output channels
@@ -99,10 +111,10 @@ class Items:
             width = jnp.minimum(self.sizes.panel, self.num_out - first)
             rest = item - first * self.num_tiles
             tile = lax.div(rest, width)
-            group, start, count = self.tiles[0, tile], self.tiles[1, tile], self.tiles[2, tile]
+            group, start, *own = (self.tiles[part, tile] for part in range(4))
             steps = jnp.where(group < self.num_groups, self.num_steps, 0)
             group = jnp.minimum(group, self.num_groups - 1)
-            fn(Item(steps_before, steps, group, start, count, first + lax.rem(rest, width)))
+            fn(Item(steps_before, steps, group, start, (own[0], own[1]), first + lax.rem(rest, width)))
             return steps_before + steps
 
         lax.fori_loop(0, lax.div(num_items - block + blocks - 1, blocks), one, jnp.int32(0))
@@ -110,7 +122,7 @@ class Items:
 
 def swizzled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
     """A tile of shared memory [..., rows, LINE_BYTES] as TMA fills it and tensor cores read it."""
-    tiling = plgpu.TilingTransform((8, shape[-1]))  # type: ignore[abstract]  # a Protocol's empty body
+    tiling = plgpu.TilingTransform((TILED_ROWS, shape[-1]))  # type: ignore[abstract]  # a Protocol's empty body
     return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, plgpu.SwizzleTransform(LINE_BYTES)))  # type: ignore[abstract]
 
 
@@ -122,24 +134,32 @@ def scaled(piece: jax.Array, row_scales: Any, channel_scales: Any, layout: Any) 
     return piece
 
 
-def store_rows(piece: jax.Array, staged: Any, out: Any, place: tuple[jax.Array, jax.Array], channels: Any) -> None:
-    """A piece [channels, rows], transposed through `staged` [rows, channels], to its own rows of `out`.
+def store_rows(
+    piece: jax.Array, staged: Any, out: Any, start: jax.Array, own: tuple[jax.Array, jax.Array], channels: Any,
+    transposed: Any,
+) -> None:  # fmt: skip
+    """A piece [channels, rows] that begins at row `start`, transposed through `staged` [rows, channels], to `out`.
 
-    `place` is the first row and how many there are, fewer than the piece has or more: a full piece leaves in one TMA
-    store, another row by row. The warpgroup that calls waits for its own earlier stores to have read `staged`.
+    `transposed` is the layout of the piece whose pairs lie along channels. Stored are the rows that are its item's
+    own: all in one TMA store, or fewer one by one. `staged` is not tiled, so that they may begin anywhere. The
+    warpgroup that calls waits for its own earlier stores to have read `staged`.
     """
-    num_staged, (start, count) = staged.shape[0], place
+    num_staged = staged.shape[0]
+    first, end = (jnp.clip(row - start, 0, num_staged) for row in own)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    _store_unoptimized(staged.transpose((1, 0)), piece.astype(staged.dtype))
+    piece = piece.astype(staged.dtype)
+    if staged.dtype == jnp.float32:  # stmatrix transposes 16 bits only
+        piece = plgpu.layout_cast(piece, transposed)
+    _store_unoptimized(staged.transpose((1, 0)), piece)
     plgpu.commit_smem()
 
-    @pl.when(count >= num_staged)
+    @pl.when(end - first == num_staged)
     def _() -> None:
         plgpu.copy_smem_to_gmem(staged, out.at[pl.ds(start, num_staged), channels])
 
-    @pl.when(count < num_staged)
+    @pl.when(end - first < num_staged)
     def _() -> None:
-        @pl.loop(0, count)
+        @pl.loop(first, end)
         def _(row: jax.Array) -> None:
             plgpu.copy_smem_to_gmem(staged.at[pl.ds(row, 1)], out.at[pl.ds(start + row, 1), channels])
 

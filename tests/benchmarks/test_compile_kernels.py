@@ -56,6 +56,14 @@ def test_a_case_that_ends_its_process_leaves_the_others(monkeypatch, dump):
     assert asked == [["a", "b", "c"], ["c"]]
 
 
+def test_a_case_whose_kernel_was_compiled_before_is_compiled_alone(monkeypatch, dump):
+    only_lowered = dump.split("\n\n")[0]
+    first = f"\nCASE a\n{dump}\nDONE {FACTS}\n\nCASE b\n{only_lowered}\nDONE {FACTS}\n"
+    rows, asked = run_with(monkeypatch, [first, f"\nCASE b\n{dump}\nDONE {FACTS}\n"], cases=("a", "b"))
+    assert [row["result"] for row in rows] == ["ok", "ok"]
+    assert asked == [["a", "b"], ["b"]]
+
+
 def test_a_process_that_does_not_begin_is_said_once(monkeypatch):
     rows, asked = run_with(monkeypatch, ["ImportError: no jax\n"])
     assert [row["result"] for row in rows] == ["FAILED: ImportError: no jax"]

@@ -16,6 +16,8 @@ from millrace.pallas_kernels.quantized_matmul.blackwell import ROW_TILES
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, quantize, quantize_rows
 from millrace.pallas_kernels.quantized_matmul.row_tiles import Sizes
 
+pytestmark = pytest.mark.usefixtures("tma_of_tiled_rows")
+
 B200 = "NVIDIA B200"
 UNEVEN = (26, (0, 17, 0, 3, 2, 0))  # rows, then the size of each group
 GROUPINGS = {"uneven": UNEVEN, "one": (200, (0, 200)), "large": (230, (70, 1, 129)), "none": (6, (0, 0, 0))}

@@ -17,7 +17,9 @@ from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.pallas_kernels.grouped_matmul import GroupedMatmulProblem, grouped_matmul, hopper, hopper_a16
 from millrace.pallas_kernels.quantized_matmul import FORMATS, QuantizedWeight, WeightFormat
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, quantize, quantize_rows
-from millrace.pallas_kernels.quantized_matmul.row_tiles import Sizes, work_list
+from millrace.pallas_kernels.quantized_matmul.row_tiles import TILED_ROWS, Sizes, mean_tile_rows, work_list
+
+pytestmark = pytest.mark.usefixtures("tma_of_tiled_rows")
 
 H200 = "NVIDIA H200"
 # Rows, then the size of each group: empty groups at both ends, several tiles of a group, rows beyond the sum.
@@ -137,15 +139,28 @@ WORK_LIST = jax.jit(work_list, static_argnums=(1, 2))
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=6, max_size=6), st.sampled_from([8, 16, 64]))
-def test_the_work_list_covers_every_row_once(group_sizes: list[int], tile_rows: int) -> None:
+def test_the_work_list_gives_every_row_to_a_whole_tile_of_its_group(group_sizes: list[int], tile_rows: int) -> None:
     num_rows = 240
     tiles, num_tiles = WORK_LIST(np.array(group_sizes, np.int32), num_rows, tile_rows)
-    group, start, count = np.asarray(tiles)[:, : int(num_tiles[0])]
-    assert count.min() > 0
-    rows = np.concatenate([np.arange(first, first + n) for first, n in zip(start, count, strict=True)])
+    assert num_tiles[0] <= tiles.shape[1]
+    group, start, first, end = np.asarray(tiles)[:, : int(num_tiles[0])]
+    assert not np.any(start % TILED_ROWS)  # TMA begins at no other
+    assert np.all((start <= first) & (first < end) & (end <= start + tile_rows))
+    rows = np.concatenate([np.arange(*own) for own in zip(first, end, strict=True)])
     np.testing.assert_array_equal(rows, np.arange(num_rows))
     expected = np.repeat(np.arange(7), [*group_sizes, num_rows - sum(group_sizes)])
-    np.testing.assert_array_equal(np.repeat(group, count), expected)
+    np.testing.assert_array_equal(np.repeat(group, end - first), expected)
+
+
+def test_the_most_tiles_that_groups_can_have_fit_the_work_list() -> None:
+    group_sizes = np.array([7, 10, 6, 10, 6, 10, 6, 10], np.int32)  # those of 10 begin at the last row of a tile of 8
+    tiles, num_tiles = WORK_LIST(group_sizes, 67, 8)
+    assert num_tiles[0] == 17 <= tiles.shape[1]
+
+
+@pytest.mark.parametrize(("num_rows", "tile_rows"), [(8, 8), (9, 16), (64, 16), (128, 32), (4096, 128)])
+def test_a_tile_has_room_for_the_mean_rows_of_a_group_wherever_they_begin(num_rows: int, tile_rows: int) -> None:
+    assert mean_tile_rows(num_rows, 8, hopper.ROW_TILES, most_before=TILED_ROWS - 1) == tile_rows
 
 
 def test_gradients_are_those_of_the_definition() -> None:
@@ -167,7 +182,7 @@ def lower(dtype: str, rows: int) -> None:
         scales = jax.ShapeDtypeStruct((groups, out_dim, 1), jnp.float32)
         weight = QuantizedWeight(values=weight, scales=scales, format=FORMATS["fp8"])
     arguments = (
-        jax.ShapeDtypeStruct((groups * rows // 2, in_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((groups * min(rows // 2, rows - 7), in_dim), jnp.bfloat16),
         weight,
         jax.ShapeDtypeStruct((groups,), jnp.int32),
     )

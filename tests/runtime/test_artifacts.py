@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from millrace import ConfigError, ProgramError, Runtime, RuntimeConfig, SamplingParams
+from millrace.models.quantization import uniformly, with_formats
+from millrace.pallas_kernels.quantized_matmul import FORMATS
 from millrace.runtime import artifacts
 from millrace.runtime.artifacts import differences, load_programs, read_manifest, with_options_of, write_artifact
 from millrace.runtime.deployment import Deployment, deploy
@@ -222,6 +224,14 @@ def test_the_dtype_of_a_checkpoint_is_not_the_models(deployment: Deployment) -> 
     decoder = deployment.model.decoder
     other = dataclasses.replace(decoder.config, dtype="float16")
     assert artifacts._model_facts(decoder.config) == artifacts._model_facts(other)
+
+
+def test_the_formats_of_all_weights_are_facts(deployment: Deployment) -> None:
+    config = deployment.model.decoder.config
+    quantized = with_formats(dataclasses.replace(config, tie_embeddings=False), uniformly(FORMATS["int8"]))
+    facts = json.loads(json.dumps(artifacts._model_facts(quantized)))
+    assert facts["head_format"]["name"] == "int8"
+    assert facts["layers"][0]["period"][0]["mlp"]["formats"][0][1]["name"] == "int8"
 
 
 def test_flags_of_the_compiler_are_named() -> None:

@@ -40,10 +40,13 @@ def arrays(store):
     }
 
 
-@pytest.fixture(scope="module")
-def conversion(fixture_checkpoints, tmp_path_factory):
-    """A checkpoint with and without experts, the folder of its fitted store, and what was logged meanwhile."""
-    checkpoint, folder = open_checkpoint(fixture_checkpoints / "qwen3_moe_mixed"), tmp_path_factory.mktemp("fitted")
+LARGE_SET = [pytest.param(name, marks=pytest.mark.kernels) for name in ("qwen3_moe_mixed", "gemma2_caps")]
+
+
+@pytest.fixture(scope="module", params=["gpt_oss_plain", *LARGE_SET])
+def conversion(request, fixture_checkpoints, tmp_path_factory):
+    """A checkpoint, the folder of its fitted store, and what was logged while it was made."""
+    checkpoint, folder = open_checkpoint(fixture_checkpoints / request.param), tmp_path_factory.mktemp("fitted")
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -61,7 +64,7 @@ def test_only_the_values_of_projections_differ_from_a_plain_conversion(conversio
     different = {path for path in plain if not np.array_equal(plain[path], fitted[path])}
     assert plain.keys() == fitted.keys()
     assert all(path.startswith("stages/") and path.endswith("/weight") for path in different)
-    assert {path.split("/")[3] for path in different} >= {"attention", "mlp"}
+    assert {path.split("/")[3] for path in different} >= {"attention"}
 
 
 def test_a_store_says_what_it_was_fitted_to(conversion):
@@ -74,8 +77,9 @@ def test_a_store_says_what_it_was_fitted_to(conversion):
 
 
 def test_experts_that_saw_little_are_named(conversion):
-    _, _, said = conversion
-    assert any(f"saw fewer than {calibration.MIN_ROWS} rows" in line for line in said)
+    checkpoint, _, said = conversion
+    has_experts = "gemma" not in checkpoint.config["model_type"]
+    assert any(f"saw fewer than {calibration.MIN_ROWS} rows" in line for line in said) == has_experts
 
 
 def test_a_short_text_is_refused_with_what_is_needed(tmp_path):
