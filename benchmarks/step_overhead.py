@@ -1,7 +1,6 @@
-"""What the host does for a step of running slots: plan, batch and commit, and dispatch and fetch beside them.
+"""What the host does for a step of running slots: plan, batch and commit, and what stands beside them.
 
-Commit is what the step loop does with a step's tokens: the scheduler takes them, and each request's handle gets what
-it is brought.
+"deliver" gives each request's handle what the step brought it, which wakes those who read there.
 
     python benchmarks/step_overhead.py [--model=embedded] [--num_slots=32] [--num_steps=100]
 
@@ -52,9 +51,7 @@ def measure(engine: Engine, num_steps: int) -> dict[str, float]:
     # The executor packs within run(): time that part on its own.
     executor.batcher.pack = timed(executor.batcher.pack, times["batch"])  # type: ignore[method-assign]
     plan, run = timed(scheduler.plan, times["plan"]), timed(executor.run, times["run"])
-    commit = timed(
-        lambda step, tokens, result: delivery.deliver(scheduler.commit(step, tokens), result), times["commit"]
-    )
+    commit, deliver = timed(scheduler.commit, times["commit"]), timed(delivery.deliver, times["deliver"])
     fetch = timed(lambda result: result.tokens(), times["fetch"])
     in_flight = None
     while len(times["commit"]) < num_steps + WARM_UP:
@@ -64,7 +61,7 @@ def measure(engine: Engine, num_steps: int) -> dict[str, float]:
             result.wait()
         if in_flight is not None:
             in_flight[1].wait()
-            commit(in_flight[0], fetch(in_flight[1]), in_flight[1])
+            deliver(commit(in_flight[0], fetch(in_flight[1])), in_flight[1])
         in_flight = (step, result) if step is not None else None
         if len(times["plan"]) > WARM_UP and (
             step is None or sum(shard.num_rows for shard in step.shards) < num_sequences
@@ -100,9 +97,8 @@ def row(model: str, num_shards: int, num_slots: int, decode_steps: int, num_step
     host_ms = medians["plan"] + medians["batch"] + medians["commit"]
     made = {"decode_steps": decode_steps, "shards": num_shards, "slots": num_shards * num_slots}
     made |= {f"{name}_ms": medians[name] for name in ("plan", "batch", "commit")}
-    return made | {
-        "plan+batch+commit_ms": host_ms, "dispatch_ms": medians["dispatch"], "fetch_ms": medians["fetch"]
-    }  # fmt: skip
+    made["plan+batch+commit_ms"] = host_ms
+    return made | {f"{name}_ms": medians[name] for name in ("deliver", "dispatch", "fetch")}
 
 
 def row_of_shards(model: str, num_steps: int) -> dict[str, Any]:
