@@ -4,7 +4,7 @@ from ..runtime.config import RuntimeConfig
 
 
 def get_config() -> RuntimeConfig:
-    """Weights are 39.5 GB in nvfp4 (embedding in bfloat16, head in fp8), of the 297 GB of a GB300; a token of KV cache
+    """Weights are 39.3 GB in nvfp4 (embedding in bfloat16, head in fp8), of the 297 GB of a GB300; a token of KV cache
     in fp8 is 160 KiB: 160 GiB are 1,048,576. XLA plans with 80 % of a device's memory, so more would cost it its
     schedule.
 

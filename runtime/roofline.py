@@ -13,6 +13,7 @@ from typing import Literal
 from ..models.config import AttentionSpec, LayerSpec, ModelConfig, MoeSpec
 from ..models.kv_cache import cached_head_bytes
 from ..pallas_kernels.quantized_matmul import WeightFormat
+from ..pallas_kernels.quantized_matmul.block_scaled import num_terms_of
 from ..sharding.axes import MeshAxis
 from ..sharding.targets import Target
 
@@ -152,7 +153,7 @@ def bound(cost: Cost, target: Target, dtype: str) -> Bound:
     plain = cost.flops - sum(cost.format_flops.values())
     compute_s = plain / target.flops[dtype]
     for format, flops in cost.format_flops.items():
-        compute_s += flops / target.flops[arithmetic(format, target, dtype)]
+        compute_s += flops / product_flops(format, target, dtype)
     return Bound(
         compute_s=compute_s,
         memory_s=cost.memory_bytes / target.memory_bandwidth,
@@ -160,15 +161,21 @@ def bound(cost: Cost, target: Target, dtype: str) -> Bound:
     )
 
 
-def arithmetic(format: WeightFormat, target: Target, dtype: str) -> str:
-    """What a target multiplies weights of a format in, as Target.flops calls it; dtype is that of activations.
+def product_flops(format: WeightFormat, target: Target, dtype: str) -> float:
+    """FLOP per second of products with weights of a format and activations of dtype, as the kernels compute them.
 
-    A chip that multiplies 4-bit floats in groups takes such weights as they are, and those of 8 bits in groups.
+    Quantized activations multiply at the rate of what they are stored in. Those of their own dtype do so too beside
+    block-scaled weights, on a chip that multiplies these, but as a sum of terms; a dequantized weight may be faster.
     """
-    own = {"float8_e4m3fn": "float8", "int8": "int8"}.get(format.activations, dtype)
-    if own == dtype and format.scale in ("float8_e8m0fnu", "float8_e4m3fn") and "float4" in target.flops:
-        own = "float4" if format.storage == "float4_e2m1" else "float8"
-    return own if own in target.flops else dtype
+    plain = target.flops[dtype]
+    quantized = {"float8_e4m3fn": "float8", "int8": "int8"}.get(format.activations)
+    if quantized:
+        return target.flops.get(quantized, plain)
+    num_terms = num_terms_of(format)
+    if num_terms is None or "float4" not in target.flops:
+        return plain
+    narrow = "float4" if format.is_packed else "float8"
+    return max(plain, target.flops[narrow] / num_terms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

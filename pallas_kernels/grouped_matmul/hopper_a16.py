@@ -27,11 +27,12 @@ from ..tuning import tuned
 
 def unsupported(format: WeightFormat, in_dim: int, out_dim: int, device_kind: str) -> str | None:
     """Why the kernel cannot serve experts of a format: what keeps it from a linear layer of one, of whole stages."""
+    if format.activations != "own":
+        return f"activations must be unquantized but with fp8 by channel, and {format.name} quantizes them"
     row_bytes = format.values_shape(out_dim, in_dim)[1]
     if row_bytes % LINE_BYTES:
         return f"a channel must have a multiple of {LINE_BYTES} bytes, not {row_bytes}"
-    if hopper.kind_of(format) != "w8a8":
-        in_dim += -in_dim % inputs_of_panel(format)
+    in_dim += -in_dim % inputs_of_panel(format)
     return hopper.unsupported(
         MatmulProblem(
             platform="gpu", format=format, num_rows=1, in_dim=in_dim, out_dim=out_dim, dtype="bfloat16",

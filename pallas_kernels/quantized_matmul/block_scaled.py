@@ -35,21 +35,28 @@ def unsupported(problem: MatmulProblem) -> str | None:
     format = problem.format
     if problem.platform != "gpu" or generation(problem.device_kind) != "blackwell":
         return f"block-scaled products are Blackwell's, not of {problem.device_kind or problem.platform}"
-    if format is None or _kind(format) not in _NUM_TERMS or format.activations != "own":
+    num_terms = num_terms_of(format) if format else None
+    if format is None or num_terms is None:
         return f"weights must be mxfp8 or nvfp4, not {format.name if format else 'plain'}"
     if problem.dtype != "bfloat16":
         return f"activations must be bfloat16, not {problem.dtype}"
     if problem.in_dim % TILE or problem.out_dim % TILE:
         return f"in and out must be multiples of {TILE}, not {problem.in_dim} and {problem.out_dim}"
     # The terms' products are float32, written and read; a dequantized weight is bfloat16, written and read.
-    most = problem.in_dim // (2 * _NUM_TERMS[_kind(format)])
+    most = problem.in_dim // (2 * num_terms)
     if problem.num_rows > most:
         return f"more than {most} rows move more bytes than a dequantized weight does, got {problem.num_rows}"
     return None
 
 
-def _kind(format: WeightFormat) -> tuple[str, int | None, str]:
-    return format.storage, format.group, format.scale
+def num_terms_of(format: WeightFormat) -> int | None:
+    """Block-scaled terms that activations are the sum of beside such weights; None for those cuDNN does not multiply.
+
+    The chip multiplies that many times what a plain product would.
+    """
+    if format.activations != "own":
+        return None
+    return _NUM_TERMS.get((format.storage, format.group, format.scale))
 
 
 def matmul(
@@ -58,8 +65,10 @@ def matmul(
     """See the contract."""
     del platform
     format, rows = weight.format, x.reshape(-1, x.shape[-1])
-    numbers, scales, row_scales = split(rows, format, _NUM_TERMS[_kind(format)])
-    num_terms, num_rows = row_scales.shape
+    num_terms = num_terms_of(format)
+    assert num_terms is not None  # unsupported() said so
+    numbers, scales, row_scales = split(rows, format, num_terms)
+    num_rows = row_scales.shape[1]
     padding = -num_terms * num_rows % TILE
     product = jax.nn.scaled_matmul(
         _flat(numbers, padding)[None],

@@ -3,7 +3,9 @@
 import pytest
 
 from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, MoeSpec
-from millrace.runtime.roofline import Bound, Cost, DeviceModel
+from millrace.pallas_kernels.quantized_matmul import FORMATS
+from millrace.runtime.roofline import Bound, Cost, DeviceModel, product_flops
+from millrace.sharding.targets import TARGETS
 
 ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16, scale=0.25, rope=None)
 MLP = MlpSpec(mlp_dim=256)
@@ -76,3 +78,23 @@ def test_the_longest_term_binds(term: str) -> None:
     seconds = {f"{name}_s": 1.0 for name in ("compute", "memory", "links")} | {f"{term}_s": 2.0}
     made = Bound(**seconds)
     assert (made.term, made.seconds) == (term, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "dtype", "terms"),
+    [
+        ("gb300", "fp8", "float8", 1),
+        ("gb300", "fp8_a16", "bfloat16", 1),
+        ("gb300", "int4", "bfloat16", 1),
+        ("gb300", "mxfp4", "bfloat16", 1),  # no kernel multiplies it as it is
+        ("gb300", "mxfp8", "float8", 2),
+        ("gb300", "nvfp4", "float4", 3),
+        ("h200", "nvfp4", "bfloat16", 1),
+        ("h200", "fp8", "float8", 1),
+    ],
+)
+def test_weights_are_multiplied_at_the_rate_of_what_the_kernels_multiply(
+    target: str, name: str, dtype: str, terms: int
+) -> None:
+    flops = TARGETS[target].flops
+    assert product_flops(FORMATS[name], TARGETS[target], "bfloat16") == flops[dtype] / terms
