@@ -44,7 +44,7 @@ class Case:
     arithmetic: str  # the peak that bounds it, as in Target.flops
     tolerance: float  # of max|x - reference| over max|reference|
     cache_bytes: int | None = None  # that attention reads of its cache: the rest of it is not touched
-    labels: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what peers need to know
+    is_decode: bool = False  # attention of one query a slot
 
     def shapes(self) -> tuple[Any, ...]:
         """The arguments as shapes."""
@@ -155,7 +155,6 @@ def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
         flops=2.0 * num_rows * out_dim * in_dim,
         arithmetic=_ARITHMETIC[format.activations if format else "own"],
         tolerance=_tolerance(format),
-        labels={"format": format_name, "weight": weight_name, "rows": num_rows, "out": out_dim, "in": in_dim},
     )
 
 
@@ -258,7 +257,7 @@ def attention_case(
         arithmetic="bfloat16",
         tolerance=2e-2,  # one of bfloat16's steps on either side
         cache_bytes=seen * token_bytes,
-        labels={"heads": heads, "queries": num_queries, "is_decode": is_decode, "cache": cache_dtype},
+        is_decode=is_decode,
     )
 
 

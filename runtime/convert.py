@@ -23,8 +23,7 @@ import numpy as np
 from ..errors import CheckpointError, ConfigError
 from ..models.config import ModelConfig
 from ..models.decoder import AbstractDecoder
-from ..models.families import config_from_hf, tensor_plan
-from ..models.families.plan import LeafPlan
+from ..models.families import config_from_hf
 from ..models.families.quantization import CALIBRATION, KEY, quantization_config
 from ..models.quantization import uniformly, with_formats
 from ..pallas_kernels.quantized_matmul import WeightFormat
@@ -40,7 +39,7 @@ from .store_journal import Origin
 from .store_root import is_disk_full
 from .store_writer import StoreWriter, open_writer
 from .tokenizer import load_tokenizer
-from .weights import Leaf, Part, check_store, checkpoint_leaves, store_leaves
+from .weights import Leaf, Part, source_leaves
 from .weights import convert as to_dtype
 
 _NUM_WORKERS = 4
@@ -135,7 +134,6 @@ class _Job:
     """One array of the source, and the arrays that its parts are written to."""
 
     leaf: Leaf
-    num_read: list[int]  # bytes that are read for each part
     quantized: QuantizedLeaf | None  # None: the leaf is written as it is
 
     @property
@@ -195,16 +193,14 @@ def _files(source: Checkpoint | Store, quantization: Mapping[str, Any] | None) -
 def _jobs(source: Checkpoint | Store, model: ModelConfig, target: ModelConfig, dtype: np.dtype) -> list[_Job]:
     """Every array of the source, which has the weights of `model`; those of `target` are written."""
     plain, _ = flatten(AbstractDecoder(model, jnp.dtype(dtype)).specs)
-    found = dict(_leaves(source, model, plain))
+    leaves = list(source_leaves(source, model, plain, whole=False))
     if target == model:
-        return [_Job(leaf, num_read, None) for leaf, num_read in found.values()]
+        return [_Job(leaf, None) for leaf in leaves]
     specs, _ = flatten(AbstractDecoder(target, jnp.dtype(dtype)).specs)
-    jobs = []
-    for each in quantized_leaves([leaf for leaf, _ in found.values()], target, specs):
-        quantized = each if isinstance(each, QuantizedLeaf) else None
-        leaf = each.source if isinstance(each, QuantizedLeaf) else each
-        jobs.append(_Job(leaf, found[leaf.path][1], quantized))
-    return jobs
+    return [
+        _Job(each.source, each) if isinstance(each, QuantizedLeaf) else _Job(each, None)
+        for each in quantized_leaves(leaves, target, specs)
+    ]
 
 
 def _write_fitted(
@@ -223,23 +219,6 @@ def _write_fitted(
                 if path in unfinished:
                     writer.write_part(path, (layer,), array)
     return [job for job in jobs if job.leaf.path not in fitted]
-
-
-def _leaves(
-    source: Checkpoint | Store, model: ModelConfig, specs: Mapping[str, ParamSpec]
-) -> Iterator[tuple[str, tuple[Leaf, list[int]]]]:
-    """Each leaf by its path, with the bytes that are read for each of its parts."""
-    if isinstance(source, Store):
-        check_store(source, specs)
-        for leaf in store_leaves(source, specs, whole=False):
-            num_read = source.arrays[leaf.path].num_bytes // len(leaf.parts)
-            yield leaf.path, (leaf, [num_read] * len(leaf.parts))
-        return
-    plan: Mapping[str, LeafPlan] = tensor_plan(model, source.tensor_names, source.config)
-    for leaf in checkpoint_leaves(source, plan, specs):
-        tensors = [piece.names for piece in plan[leaf.path].pieces]
-        read = [sum(math.prod(source.shape(n)) * source.dtype(n).itemsize for n in names) for names in tensors]
-        yield leaf.path, (leaf, read)
 
 
 def _check_room(writer: StoreWriter, num_bytes: int) -> None:
@@ -285,11 +264,11 @@ def _write_parts(
     on_bytes: Callable[[int], None],
 ) -> None:
     """The arrays of a job that are still to be written, part by part."""
-    for part, read_bytes in zip(job.leaf.parts, job.num_read, strict=True):
+    for part in job.leaf.parts:
         if is_stopped.is_set():
             return
         shape, part_bytes = job.leaf.spec.shape[len(part.index) :], job.part_bytes(part)
-        with budget.hold(read_bytes + part_bytes):
+        with budget.hold(part.source_bytes + part_bytes):
             values = part.read([tuple(slice(0, size) for size in shape)])[0]
             for path, array in job.convert(values).items():
                 if path in unfinished:

@@ -6,6 +6,7 @@ holds, beside what is placed there, two parts twice at most: as read and as conv
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -40,6 +41,7 @@ class Part:
 
     index: tuple[int, ...]
     read: Callable[[Sequence[Region]], Sequence[np.ndarray]]
+    source_bytes: int = 0  # that are read for the whole of it, where a source is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +238,7 @@ def checkpoint_leaves(
         for piece in plan[path].pieces:
             _check_piece(checkpoint, piece, path, spec, shapes)
     for path, spec in specs.items():
-        yield Leaf(path, spec, [Part(piece.index, _piece_reader(checkpoint, piece)) for piece in plan[path].pieces])
+        yield Leaf(path, spec, [_piece_part(checkpoint, piece) for piece in plan[path].pieces])
 
 
 def _check_piece(
@@ -261,12 +263,13 @@ def _check_piece(
         )
 
 
-def _piece_reader(checkpoint: Checkpoint, piece: Piece) -> Callable[[Sequence[Region]], Sequence[np.ndarray]]:
+def _piece_part(checkpoint: Checkpoint, piece: Piece) -> Part:
     def read(regions: Sequence[Region]) -> list[np.ndarray]:
         built = piece.build({name: checkpoint.read(name) for name in piece.names})
         return [built[region] for region in regions]
 
-    return read
+    num_bytes = sum(math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize for name in piece.names)
+    return Part(piece.index, read, num_bytes)
 
 
 def store_leaves(store: Store, specs: Mapping[str, ParamSpec], *, whole: bool) -> Iterator[Leaf]:
@@ -275,7 +278,7 @@ def store_leaves(store: Store, specs: Mapping[str, ParamSpec], *, whole: bool) -
         is_large = spec.num_bytes > _SMALL_BYTES and spec.axes[0] == "layers"
         by_layer = not whole and is_large and store.arrays[path].chunk_shape[0] == 1
         indices: Iterable[tuple[int, ...]] = [(layer,) for layer in range(spec.shape[0])] if by_layer else [()]
-        yield Leaf(path, spec, [Part(index, _array_reader(store, path, index)) for index in indices])
+        yield Leaf(path, spec, [_array_part(store, path, index) for index in indices])
 
 
 def check_store(store: Store, specs: Mapping[str, ParamSpec]) -> None:
@@ -292,16 +295,15 @@ def check_store(store: Store, specs: Mapping[str, ParamSpec]) -> None:
             raise CheckpointError(f"{store.url}: expected {path} as {spec.dtype}; the store has {entry.dtype}.")
 
 
-def _array_reader(
-    store: Store, path: str, index: tuple[int, ...]
-) -> Callable[[Sequence[Region]], Sequence[np.ndarray]]:
+def _array_part(store: Store, path: str, index: tuple[int, ...]) -> Part:
     prefix = tuple(slice(i, i + 1) for i in index)
 
     def read(regions: Sequence[Region]) -> list[np.ndarray]:
         found = (store.read(path, prefix + region) for region in regions)
         return [values.reshape(values.shape[len(index) :]) for values in found]
 
-    return read
+    entry = store.arrays[path]
+    return Part(index, read, entry.num_bytes // math.prod(entry.shape[: len(index)]))
 
 
 def _check_paths(found: Iterable[str], expected: Iterable[str], what: str) -> None:

@@ -102,7 +102,7 @@ class Worker:
 
 def truth(case: Case) -> str:
     """What a case is compared with: the reference gathers all keys for each query, which prompts do not allow."""
-    return "xla" if case.operation == "paged_attention" and not case.labels["is_decode"] else "reference"
+    return "xla" if case.operation == "paged_attention" and not case.is_decode else "reference"
 
 
 def difference(output: np.ndarray, expected: np.ndarray) -> float:

@@ -4,16 +4,14 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..dispatch import Platform
 from ..quantized_matmul import blackwell
 from ..quantized_matmul.contract import QuantizedWeight
-from ..quantized_matmul.formats import quantize_rows
-from ..quantized_matmul.row_tiles import TILED_ROWS, Sizes, is_fp8, mean_tile_rows
+from ..quantized_matmul.row_tiles import Sizes, is_fp8
 from ..tuning import generation
-from .gradients import with_xla_gradients
+from .kernel_call import call, tuned_sizes
 
 if TYPE_CHECKING:
     from . import GroupedMatmulProblem
@@ -41,17 +39,6 @@ def grouped_matmul(
     interpret: Any = None,
 ) -> jax.Array:
     """See the contract; gradients are those of the xla implementation. `sizes` are the tuned ones if None."""
-    out_dtype = jnp.dtype(out_dtype)
-    stored = weight.values if isinstance(weight, QuantizedWeight) else weight
-    if sizes is None:
-        choices, most_before = blackwell.ROW_TILES, TILED_ROWS - 1
-        tile_rows = mean_tile_rows(x.shape[0], stored.shape[0], choices, most_before=most_before)
-        sizes = Sizes.of("grouped_matmul", device_kind, stored.dtype, tile_rows)
-    multiply = functools.partial(blackwell.multiply_groups, sizes=sizes, out_dtype=out_dtype, interpret=interpret)
-    if isinstance(weight, QuantizedWeight):
-        values, row_scales = quantize_rows(x, "float8_e4m3fn")
-        return multiply(values, stored, group_sizes, (row_scales[:, 0], weight.scales[..., 0]))
-    return with_xla_gradients(
-        lambda x, weight: multiply(x, weight, group_sizes, None),
-        x, weight, group_sizes, platform=platform, out_dtype=out_dtype,
-    )  # fmt: skip
+    sizes = sizes or tuned_sizes(x, weight, blackwell.ROW_TILES, device_kind)
+    kernel = functools.partial(blackwell.multiply_groups, sizes=sizes, interpret=interpret)
+    return call(kernel, x, weight, group_sizes, platform=platform, out_dtype=out_dtype)

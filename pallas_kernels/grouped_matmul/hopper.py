@@ -29,24 +29,22 @@ from jax.typing import DTypeLike
 
 from ..dispatch import Platform
 from ..quantized_matmul.contract import QuantizedWeight
-from ..quantized_matmul.formats import quantize_rows
 from ..quantized_matmul.row_tiles import (
     LINE_BYTES,
     STAGED_BYTES,
-    TILED_ROWS,
     Item,
     Items,
     Sizes,
     is_fp8,
-    mean_tile_rows,
+    operands,
     scaled,
     store_rows,
+    stored_as,
     swizzled,
-    work_list,
 )
 from ..tuning import generation
 from . import hopper_a16
-from .gradients import with_xla_gradients
+from .kernel_call import call, tuned_sizes
 
 if TYPE_CHECKING:
     from . import GroupedMatmulProblem
@@ -81,22 +79,12 @@ def grouped_matmul(
     interpret: Any = None,
 ) -> jax.Array:
     """See the contract; gradients are those of the xla implementation. `sizes` are the tuned ones if None."""
-    out_dtype = jnp.dtype(out_dtype)
     if isinstance(weight, QuantizedWeight) and not is_fp8(weight.format):
         tile = hopper_a16.tile_for(weight.format, x.shape[0], weight.shape[0], weight.shape[1], device_kind)
         return hopper_a16.grouped_matmul(x, weight, group_sizes, tile=tile, out_dtype=out_dtype, interpret=interpret)
-    stored = weight.values if isinstance(weight, QuantizedWeight) else weight
-    if sizes is None:
-        tile_rows = mean_tile_rows(x.shape[0], stored.shape[0], ROW_TILES, most_before=TILED_ROWS - 1)
-        sizes = Sizes.of("grouped_matmul", device_kind, stored.dtype, tile_rows)
-    multiply = functools.partial(_multiply, sizes=sizes, out_dtype=out_dtype, interpret=interpret)
-    if isinstance(weight, QuantizedWeight):
-        values, row_scales = quantize_rows(x, "float8_e4m3fn")
-        return multiply(values, stored, group_sizes, (row_scales[:, 0], weight.scales[..., 0]))
-    return with_xla_gradients(
-        lambda x, weight: multiply(x, weight, group_sizes, None),
-        x, weight, group_sizes, platform=platform, out_dtype=out_dtype,
-    )  # fmt: skip
+    sizes = sizes or tuned_sizes(x, weight, ROW_TILES, device_kind)
+    kernel = functools.partial(_multiply, sizes=sizes, interpret=interpret)
+    return call(kernel, x, weight, group_sizes, platform=platform, out_dtype=out_dtype)
 
 
 def _multiply(
@@ -113,13 +101,7 @@ def _multiply(
     num_rows, out_dim = x.shape[0], weight.shape[1]
     if not num_rows:
         return jnp.zeros((0, out_dim), out_dtype)
-    stored_dtype = out_dtype if out_dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else jnp.dtype(jnp.float32)
-    tiles, num_tiles = work_list(group_sizes, num_rows, sizes.rows)
-    # TMA copies whole tiles of 8 rows and a line; only tiles as a whole may lie beyond the array.
-    arguments = [tiles, num_tiles, jnp.pad(x, ((0, -num_rows % TILED_ROWS), (0, 0))), weight]
-    if scales is not None:
-        # A tile's rows may reach past the last one; TMA fills x with zeros there, but scales are plain loads.
-        arguments += [jnp.pad(scales[0], (0, sizes.rows)), scales[1]]
+    stored_dtype = stored_as(out_dtype)
     line = LINE_BYTES // x.dtype.itemsize
     channels = sizes.channels if out_dim % sizes.channels == 0 else 64
     staged_rows = min(sizes.rows, STAGED_BYTES // (CONSUMERS * channels * stored_dtype.itemsize))
@@ -142,7 +124,7 @@ def _multiply(
         interpret=interpret,
         kernel_name="grouped_matmul_hopper",
     )
-    output: jax.Array = kernel(*arguments)
+    output: jax.Array = kernel(*operands(x, weight, group_sizes, scales, sizes.rows))
     return output.astype(out_dtype)
 
 

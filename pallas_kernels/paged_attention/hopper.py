@@ -8,6 +8,7 @@ megabytes that attention reads; a kernel of its own would save no launch.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,36 +168,30 @@ class _Step:
         return jnp.pad(tiled, ((0, 0), (0, 0), (0, rest), (0, 0)))
 
     def _decode_case(self, sizes: Mapping[str, int], num_groups: int, split: Split) -> Decode:
-        case = Decode(
-            units=self.place.units,
-            dtype=self.q.dtype,
-            cache_dtype=self.cache.values.dtype,
-            scale=self.spec.scale,
-            window=self.spec.window,
-            soft_cap=self.spec.soft_cap,
-            has_sinks=self.sinks is not None,
-            split=split,
-            stages=sizes["stages"],
-            num_ctas=sizes["sms"],
-            has_tensor_memory=self.has_tensor_memory,
-        )
+        case = Decode(**self._case(sizes), split=split)
         resident = SHARED_BYTES // (case.shared_bytes(num_groups, self.q.shape[2]) + 1024)
         return dataclasses.replace(case, num_ctas=sizes["sms"] * min(sizes["ctas_per_sm"], max(resident, 1)))
 
     def _prefill_case(self, sizes: Mapping[str, int], num_groups: int) -> Prefill:
         return Prefill(
-            units=self.place.units,
+            **self._case(sizes),
             num_groups=num_groups,
-            dtype=self.q.dtype,
-            cache_dtype=self.cache.values.dtype,
-            scale=self.spec.scale,
-            window=self.spec.window,
-            soft_cap=self.spec.soft_cap,
-            has_sinks=self.sinks is not None,
             consumers=sizes["consumers"],
-            stages=sizes["stages"],
             raw_stages=sizes.get("raw_stages", 1),
-            num_ctas=sizes["sms"],
             weights_in_registers=bool(sizes.get("weights_in_registers", 1)) and not self.has_tensor_memory,
-            has_tensor_memory=self.has_tensor_memory,
         )
+
+    def _case(self, sizes: Mapping[str, int]) -> dict[str, Any]:
+        """What both kernels are compiled for."""
+        return {
+            "units": self.place.units,
+            "dtype": self.q.dtype,
+            "cache_dtype": self.cache.values.dtype,
+            "scale": self.spec.scale,
+            "window": self.spec.window,
+            "soft_cap": self.spec.soft_cap,
+            "has_sinks": self.sinks is not None,
+            "stages": sizes["stages"],
+            "num_ctas": sizes["sms"],
+            "has_tensor_memory": self.has_tensor_memory,
+        }

@@ -45,39 +45,17 @@ from .hopper_tiles import (
     tensor_memory,
     widened_columns,
 )
-from .hopper_work import BLOCK_KEYS, Keys, Place, Split, Units, item_of
+from .hopper_work import BLOCK_KEYS, Case, Keys, Place, Split, item_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decode:
-    """What one decode kernel is compiled for; its G heads per KV head are padded to a multiple of 8."""
+class Decode(Case):
+    """What one decode kernel is compiled for; its G heads per KV head are padded to a multiple of 8.
 
-    units: Units
-    dtype: Any  # of q and of the output
-    cache_dtype: Any
-    scale: float
-    window: int | None
-    soft_cap: float | None
-    has_sinks: bool
+    Products by tcgen05 want G a multiple of 32.
+    """
+
     split: Split
-    stages: int
-    num_ctas: int
-    has_tensor_memory: bool = False  # Blackwell: products by tcgen05, which wants G a multiple of 32
-
-    @property
-    def is_widened(self) -> bool:
-        """Whether pages are of 8 bits."""
-        return bool(jnp.dtype(self.cache_dtype).itemsize == 1)
-
-    @property
-    def has_scales(self) -> bool:
-        """Whether pages have scales."""
-        return bool(self.cache_dtype == jnp.int8)
-
-    @property
-    def math_dtype(self) -> Any:
-        """Of both products' operands: float16 and bfloat16 hold all of int8's numbers, only float16 is made of e4m3."""
-        return jnp.dtype(jnp.float16) if self.cache_dtype == jnp.float8_e4m3fn else jnp.dtype(self.dtype)
 
     def shared_bytes(self, num_groups: int, head_dim: int) -> int:
         """What a CTA takes of an SM's shared memory, but for barriers."""

@@ -42,29 +42,19 @@ from .hopper_tiles import (
     tensor_memory,
     widened_columns,
 )
-from .hopper_work import BLOCK_KEYS, Keys, Tiles, Units
+from .hopper_work import BLOCK_KEYS, Case, Keys, Tiles
 
 ROWS_EACH = 64  # of a consumer warpgroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prefill:
-    """What one prefill kernel is compiled for."""
+class Prefill(Case):
+    """What one prefill kernel is compiled for; products by tcgen05 have one consumer, and weights in shared memory."""
 
-    units: Units
     num_groups: int  # G
-    dtype: Any  # of q and of the output
-    cache_dtype: Any
-    scale: float
-    window: int | None
-    soft_cap: float | None
-    has_sinks: bool
     consumers: int  # warpgroups
-    stages: int
     raw_stages: int  # of 8-bit blocks on their way to being widened
-    num_ctas: int
     weights_in_registers: bool
-    has_tensor_memory: bool = False  # Blackwell: products by tcgen05, one consumer, weights in shared memory
 
     @property
     def tile_queries(self) -> int:
@@ -75,21 +65,6 @@ class Prefill:
     def has_q_tiles(self) -> bool:
         """Whether q comes as tiles: a copy must begin at a multiple of 8 rows."""
         return self.num_groups % 8 != 0
-
-    @property
-    def is_widened(self) -> bool:
-        """Whether pages are of 8 bits."""
-        return bool(jnp.dtype(self.cache_dtype).itemsize == 1)
-
-    @property
-    def has_scales(self) -> bool:
-        """Whether pages have scales."""
-        return bool(self.cache_dtype == jnp.int8)
-
-    @property
-    def math_dtype(self) -> Any:
-        """Of both products' operands: float16 and bfloat16 hold all of int8's numbers, only float16 is made of e4m3."""
-        return jnp.dtype(jnp.float16) if self.cache_dtype == jnp.float8_e4m3fn else jnp.dtype(self.dtype)
 
 
 def prefill(q: jax.Array, keys: Keys, tiles: Tiles, sinks: jax.Array | None, case: Prefill) -> jax.Array:

@@ -47,6 +47,37 @@ class Place(NamedTuple):
     window: int | None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a kernel is compiled for."""
+
+    units: Units
+    dtype: Any  # of q and of the output
+    cache_dtype: Any
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    has_sinks: bool
+    stages: int
+    num_ctas: int
+    has_tensor_memory: bool = False  # Blackwell: products by tcgen05
+
+    @property
+    def is_widened(self) -> bool:
+        """Whether pages are of 8 bits."""
+        return bool(jnp.dtype(self.cache_dtype).itemsize == 1)
+
+    @property
+    def has_scales(self) -> bool:
+        """Whether pages have scales."""
+        return bool(self.cache_dtype == jnp.int8)
+
+    @property
+    def math_dtype(self) -> Any:
+        """Of both products' operands: float16 and bfloat16 hold all of int8's numbers, only float16 is made of e4m3."""
+        return jnp.dtype(jnp.float16) if self.cache_dtype == jnp.float8_e4m3fn else jnp.dtype(self.dtype)
+
+
 class Keys(NamedTuple):
     """Where the kernels find keys and values."""
 

@@ -33,15 +33,15 @@ from .formats import quantize_rows
 from .row_tiles import (
     LINE_BYTES,
     STAGED_BYTES,
-    TILED_ROWS,
     Item,
     Items,
     Sizes,
     is_fp8,
+    operands,
     scaled,
     store_rows,
+    stored_as,
     swizzled,
-    work_list,
 )
 
 ROW_TILES = (16, 32, 64, 128, 256)
@@ -111,13 +111,7 @@ def multiply_groups(
     (num_rows, _), out_dim = x.shape, weight.shape[1]
     if not num_rows:
         return jnp.zeros((0, out_dim), out_dtype)
-    stored_dtype = out_dtype if out_dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else jnp.dtype(jnp.float32)
-    tiles, num_tiles = work_list(group_sizes, num_rows, sizes.rows)
-    # TMA copies whole tiles of 8 rows and a line; only tiles as a whole may lie beyond the array.
-    arguments = [tiles, num_tiles, jnp.pad(x, ((0, -num_rows % TILED_ROWS), (0, 0))), weight]
-    if scales is not None:
-        # A tile's rows may reach past the last one; TMA fills x with zeros there, but scales are plain loads.
-        arguments += [jnp.pad(scales[0], (0, sizes.rows)), scales[1]]
+    stored_dtype = stored_as(out_dtype)
     line = LINE_BYTES // x.dtype.itemsize
     staged_rows = min(sizes.rows, 64, STAGED_BYTES // (CHANNELS * stored_dtype.itemsize))
     kernel = plgpu.kernel(
@@ -141,7 +135,7 @@ def multiply_groups(
         interpret=interpret,
         kernel_name="matmul_blackwell",
     )
-    output: jax.Array = kernel(*arguments)
+    output: jax.Array = kernel(*operands(x, weight, group_sizes, scales, sizes.rows))
     return output.astype(out_dtype)
 
 

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Float, Int32, Shaped
 
 from ..tuning import tuned
 from .contract import WeightFormat
@@ -75,6 +75,29 @@ def work_list(
     start = group_starts[group] + (tile - tile_ends[group] + num_tiles[group]) * tile_rows
     first, end = jnp.maximum(start, row_starts[group]), jnp.minimum(start + tile_rows, row_ends[group])
     return jnp.stack([group, start, first, end]), tile_ends[-1:]
+
+
+def operands(
+    x: Shaped[Array, "M in"],
+    weight: Shaped[Array, "E out in"],
+    group_sizes: Int32[Array, " E"],
+    scales: tuple[Float[Array, " M"], Float[Array, "E out"]] | None,
+    tile_rows: int,
+) -> list[jax.Array]:
+    """What a kernel is called with: the work list, x and weight, and their scales if there are any."""
+    num_rows = x.shape[0]
+    # TMA copies whole tiles of 8 rows and a line; only tiles as a whole may lie beyond the array.
+    padded = jnp.pad(x, ((0, -num_rows % TILED_ROWS), (0, 0)))
+    arrays = [*work_list(group_sizes, num_rows, tile_rows), padded, weight]
+    if scales is not None:
+        # A tile's rows may reach past the last one; TMA fills x with zeros there, but scales are plain loads.
+        arrays += [jnp.pad(scales[0], (0, tile_rows)), scales[1]]
+    return arrays
+
+
+def stored_as(out_dtype: jnp.dtype) -> jnp.dtype:
+    """What a kernel stores for an output: its own dtype where it can, or float32, which XLA then rounds."""
+    return out_dtype if out_dtype in (jnp.bfloat16, jnp.float16, jnp.float32) else jnp.dtype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)
