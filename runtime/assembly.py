@@ -1,6 +1,7 @@
 """Puts a runtime together: model, mesh, sizes, programs, weights, step loop."""
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from . import host_memory
 from .artifacts import load_programs, with_options_of
 from .checkpoint import Checkpoint
 from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig
+from .cpu_kernels import prepare_kernels
 from .deployment import Deployment, deploy
 from .distributed import check_mesh, config_facts, start
 from .executor import Executor
@@ -69,6 +71,8 @@ def _assemble(config: RuntimeConfig, group: Group) -> Engine:
     deployment = deploy(config, source.config, mesh, group.least(device_memory(mesh)))
     group.check_alike({**config_facts(deployment.config), "the model": source.config})
     config, model = deployment.config, deployment.model
+    if (line := prepare_kernels(model.kernels.platform, show_progress=config.progress)) is not None:
+        print(f"millrace: {line}", file=sys.stderr, flush=True)
     if config.weights == "host":
         check_host_memory(sum(spec.num_bytes for spec in flatten(model.decoder.specs)[0].values()))
     source = _with_weights(source, config, model.decoder.dtype)

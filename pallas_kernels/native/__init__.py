@@ -58,10 +58,10 @@ def library(*, show_progress: bool = False) -> Library:
     return outcome
 
 
-def unavailable() -> str | None:
-    """Why there is no library, None where there is one."""
+def unavailable(*, show_progress: bool = False) -> str | None:
+    """Why there is no library, None where there is one; the first call of either builds it."""
     try:
-        library()
+        library(show_progress=show_progress)
     except NativeError as error:
         return str(error)
     return None

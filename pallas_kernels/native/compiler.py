@@ -55,7 +55,8 @@ class Compiler:
         command = [self.path, *arguments]
         done = _run(command)
         if done.returncode:
-            raise NativeError(f"the C++ compiler failed: {' '.join(command)}\n{_complaint(done)}")
+            first, *more = _complaint(done)
+            raise NativeError("\n".join([f"the C++ compiler failed: {first}", " ".join(command), *more]))
 
 
 def find_compiler() -> Compiler:
@@ -107,10 +108,11 @@ def compiled_sources(folder: Path, known_sets: Sequence[str]) -> list[Path]:
     return sorted(sources, key=lambda path: (ranks[set_of(path)], path.name))
 
 
-def _complaint(done: "subprocess.CompletedProcess[str]") -> str:
+def _complaint(done: "subprocess.CompletedProcess[str]") -> list[str]:
+    """The lines from the first error on, or the last ones."""
     lines = done.stdout.strip().splitlines()
     first = next((number for number, line in enumerate(lines) if "error" in line), -_SHOWN_LINES)
-    return "\n".join(lines[first:][:_SHOWN_LINES]) or f"exit code {done.returncode}"
+    return lines[first:][:_SHOWN_LINES] or [f"exit code {done.returncode}"]
 
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
