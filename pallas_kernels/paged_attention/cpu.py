@@ -39,6 +39,7 @@ def paged_attention(
     instruction_set: str | None = None,
 ) -> jax.Array:
     """See the contract; `instruction_set` is the best there is unless it is named."""
+    usable = instruction_sets()  # which loads the library
     none = jnp.zeros(0, jnp.float32)
     call = jax.ffi.ffi_call("millrace_paged_attention", jax.ShapeDtypeStruct(q.shape, q.dtype))
     output: jax.Array = call(
@@ -52,6 +53,6 @@ def paged_attention(
         window=np.int64(spec.window or 0),
         soft_cap=np.float32(spec.soft_cap or 0),
         one_query_per_slot=spec.one_query_per_slot,
-        instruction_set=instruction_set or instruction_sets()[0],
+        instruction_set=instruction_set or usable[0],
     )
     return output
