@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from ..models.families.quantization import wanted_format
 from ..models.quantization import uniformly, with_formats
 from ..pallas_kernels.quantized_matmul import WeightFormat
 from .checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
+from .config import PLAIN
 from .generation_defaults import default_sampling_params, eos_token_ids
 from .json_files import read_object
 from .sampling_params import SamplingParams
@@ -37,9 +38,13 @@ class ModelSource:
     eos_ids: tuple[int, ...]
     default_sampling_params: SamplingParams
 
+    def made(self, config: ModelConfig, format: WeightFormat | None) -> Self:
+        """The same, to run as `config`, which has its plain weights in `format`; None leaves it as it is."""
+        return self if format is None else dataclasses.replace(self, config=config, quantization=format)
+
 
 def open_model(model: str, revision: str | None, quantization: str | None = None) -> ModelSource:
-    """Find and check a model; `quantization` names the format that plain weights are made.
+    """Find and check a model; `quantization` names the format that plain weights are made, PLAIN and None leave them.
 
     Raises:
       CheckpointError: nothing is there, or it cannot be trusted or understood.
@@ -67,7 +72,8 @@ def _config_of(
     config: Mapping[str, Any], quantization: str | None, model: str
 ) -> tuple[ModelConfig, WeightFormat | None]:
     """A config.json as the model runs, and what its weights are to be made for that."""
-    found, format = config_from_hf(dict(config)), wanted_format(config, quantization, None, model)
+    name = None if quantization == PLAIN else quantization
+    found, format = config_from_hf(dict(config)), wanted_format(config, name, None, model)
     return (found, None) if format is None else (with_formats(found, uniformly(format)), format)
 
 
