@@ -127,6 +127,7 @@ def problem(**fields: object) -> MatmulProblem:
         ({"format": None}, "not quantized"),
         ({"dtype": "float32"}, "must be bfloat16, not float32"),
         ({"format": FORMATS["fp8_block"]}, "scales for blocks of channels"),
+        ({"format": dataclasses.replace(INT4, offsets=True)}, "int4 has offsets"),
         ({"format": dataclasses.replace(INT4, group=1024)}, "groups of 1024 inputs do not divide"),
         ({"out_dim": 8200}, "out must be a multiple of 64 and in of 512, not 8200 and 8192"),
         ({"in_dim": 11008}, "in of 512, not 8192 and 11008"),
