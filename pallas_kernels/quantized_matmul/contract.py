@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
 from ..dispatch import Platform
 
@@ -132,6 +132,30 @@ class QuantizedWeight:
 Weight = Float[Array, "out in"] | QuantizedWeight
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerOf:
+    """One layer's weight [out, in] in a stack [L, out, in], for kernels that find it themselves."""
+
+    stack: Weight  # every array of it with an axis of layers in front
+    layer: Int32[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.stack.shape[1:]
+
+
+def sliced(weight: Weight | LayerOf) -> Weight:
+    """The weight itself, cut out of its stack where it lies in one."""
+    if not isinstance(weight, LayerOf):
+        return weight
+    cut: Weight = jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, weight.layer, keepdims=False), weight.stack
+    )
+    return cut
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatmulProblem:
     """What an implementation may be unable to serve, or serve worse than the next."""
@@ -143,3 +167,4 @@ class MatmulProblem:
     out_dim: int
     dtype: str  # of the activations
     device_kind: str = ""  # what jax calls the devices
+    is_partitioned: bool = False  # whether XLA splits the matmul over several devices, its operands being whole here
