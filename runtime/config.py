@@ -15,7 +15,7 @@ WeightsPlace = Literal["resident", "stream", "host"]
 WeightsIo = Literal["auto", "cached", "direct"]
 # The formats of pallas_kernels/quantized_matmul/contract, which imports jax; a test compares.
 Quantization = Literal[
-    "int8", "int8_a16", "fp8", "fp8_a16", "fp8_block", "int4", "mxfp4", "mxfp8", "nvfp4"
+    "int8", "int8_a16", "fp8", "fp8_a16", "fp8_block", "int4", "int4_a8", "mxfp4", "mxfp8", "nvfp4"
 ]  # fmt: skip
 PLAIN = "none"  # the quantization that leaves plain weights as the checkpoint has them
 _DTYPE_SPELLINGS: dict[str, DType] = {

@@ -6,8 +6,8 @@
 // Up to 16 rows of activations: four tiles of the weight meet one of activations, a plain weight's where they lie; bound
 // by reading the weight (prefetch instructions made that no faster). More rows: an item's weights are copied into
 // tiles that lie one after another, and two by two tiles are multiplied, each serving twice, from the second-level cache:
-// activations are taken in blocks that fill half of it, and while they meet an item the next item is fetched. Bound by
-// the products.
+// activations are taken in blocks, and while they meet an item the next item is fetched. Bound by the products, and by
+// the cache.
 // Weights that are neither int8 beside rounded activations nor bfloat16 are dequantized into such tiles as bfloat16.
 
 #include "dot_matmul.h"
@@ -20,8 +20,9 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kTile = kTileRows * kTileBytes;
 constexpr int64_t kItemTiles = 4, kRowsOfItem = kItemTiles * kTileRows;  // of the weight
-constexpr int64_t kBlockBytes = 1 << 20;  // of activations
+constexpr int64_t kBlockBytes = 1 << 22;  // of activations; fewer at once, and weights are read too often
 constexpr int64_t kManyRows = 5;  // from here on tiles of dequantized weights pay
+constexpr int64_t kManyRounded = 9;  // where 4-bit weights meet int8 without
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -155,6 +156,7 @@ void pack_tile(const Matmul& problem, int64_t tile, const PackedRows& x) {
     if constexpr (Tiles::kIsInt8) {
       x.scales[row] = round_to_int8<Avx512>(wide, room, reinterpret_cast<int8_t*>(mine));
     } else {
+      if (problem.rounds_x) round_and_back<Avx512>(wide, width, problem.weight.num_groups);
       Order::reorder(wide, room);
       narrow<Avx512>(Type::kBfloat16, wide, room, mine);
     }
@@ -321,9 +323,10 @@ void tile_matmul(const Matmul& problem, const ForEach& for_each) {
 
 MatmulKernel amx_matmul(const Matmul& problem) {
   if (is_int8_product(problem)) return tile_matmul<Int8Tiles, PlainOrder>;
-  if (problem.x_type != Type::kBfloat16 || problem.rounds_x) return nullptr;
+  // Activations rounded to int8 keep their digits in bfloat16 but for the scale's; others of more digits do not.
+  if (problem.x_type != Type::kBfloat16) return nullptr;
   const bool is_plain = problem.weight.storage == Storage::kBfloat16;
-  if (!is_plain && problem.num_rows < kManyRows) return nullptr;
+  if (!is_plain && problem.num_rows < (problem.rounds_x ? kManyRounded : kManyRows)) return nullptr;
   return is_nibble_problem(problem) ? tile_matmul<Bfloat16Tiles, NibbleOrder> : tile_matmul<Bfloat16Tiles, PlainOrder>;
 }
 
