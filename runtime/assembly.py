@@ -19,7 +19,7 @@ from .artifacts import load_programs, with_options_of
 from .checkpoint import Checkpoint
 from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig
 from .cpu_kernels import prepare_kernels
-from .deployment import Deployment, deploy
+from .deployment import Deployment, deploy, platform_of
 from .distributed import check_mesh, config_facts, start
 from .executor import Executor
 from .group import Group
@@ -32,6 +32,7 @@ from .scheduler import Scheduler
 from .sizes import check_host_memory, device_memory
 from .store import Store
 from .store_cache import cached_store
+from .weight_choice import choose_weights
 from .weight_streaming import StreamedParams, open_stream
 from .weights import load_params
 
@@ -68,6 +69,10 @@ def _assemble(config: RuntimeConfig, group: Group) -> Engine:
     keep_programs(config.compile_cache_dir)
     mesh = make_mesh(dict(config.mesh or ()))
     check_mesh(mesh, group)
+    choice = choose_weights(config, source.config, platform_of(mesh))
+    config, source = choice.config, source.made(choice.model, choice.format)
+    if choice.line is not None and group.leads:
+        print(f"millrace: {choice.line}", file=sys.stderr, flush=True)
     deployment = deploy(config, source.config, mesh, group.least(device_memory(mesh)))
     group.check_alike({**config_facts(deployment.config), "the model": source.config})
     config, model = deployment.config, deployment.model
