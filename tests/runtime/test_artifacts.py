@@ -15,6 +15,7 @@ import pytest
 
 from millrace import ConfigError, ProgramError, Runtime, RuntimeConfig, SamplingParams
 from millrace.models.quantization import uniformly, with_formats
+from millrace.pallas_kernels import native
 from millrace.pallas_kernels.quantized_matmul import FORMATS
 from millrace.runtime import artifacts
 from millrace.runtime.artifacts import differences, load_programs, read_manifest, with_options_of, write_artifact
@@ -131,6 +132,8 @@ def test_a_manifest_says_what_each_program_takes(artifact: Path, deployment: Dep
     assert manifest.programs["decode-2"].in_place >= deployment.model.cache.values.num_bytes
     assert manifest.num_bytes == sum(path.stat().st_size for path in artifact.glob("*.xla"))
     assert manifest.kernels and manifest.facts["jax"]["jax"] == jax.__version__
+    calls_native = any(name == "cpu" for _, name in manifest.kernels)
+    assert manifest.facts["native_kernels"] == (list(native.library().instruction_sets) if calls_native else None)
 
 
 # ---- what is refused
