@@ -21,6 +21,9 @@ std::optional<Path> path_of(std::string_view name) {
 #ifdef MILLRACE_HAS_AVX512
     case InstructionSet::kAvx512: return Path{attend_avx512, finish_avx512};
 #endif
+#ifdef MILLRACE_HAS_AMX
+    case InstructionSet::kAmx: return Path{attend_amx, finish_avx512};
+#endif
     default: return std::nullopt;
   }
 }
