@@ -86,9 +86,26 @@ struct Path {
   Finish* finish;
 };
 
-// Those that the compiler does not know (MILLRACE_HAS_...) do not exist.
-Attend attend_avx2, attend_avx512, attend_avx512_bf16, attend_amx;
+Attend attend_avx2, attend_avx512, attend_amx;
 Finish finish_avx2, finish_avx512;
+
+struct NamedPath {
+  const char* instruction_set;
+  Path path;
+};
+
+// Those that the compiler knows. AVX2 is always among them, as no library is built without it.
+inline constexpr NamedPath kPaths[] = {
+#ifdef MILLRACE_HAS_AMX
+    {"amx", {attend_amx, finish_avx512}},
+#endif
+#ifdef MILLRACE_HAS_AVX512
+    {"avx512", {attend_avx512, finish_avx512}},
+#endif
+#ifdef MILLRACE_HAS_AVX2
+    {"avx2", {attend_avx2, finish_avx2}},
+#endif
+};
 
 }  // namespace millrace::paged_attention
 
