@@ -3,23 +3,31 @@
 The committed files are llama.cpp's own (tests/fixtures/make_gguf.py); `make parity-gguf` compares with llama.cpp.
 """
 
+import dataclasses
 import functools
 from pathlib import Path
 
 import gguf_files
+import jax.numpy as jnp
 import make_gguf
 import numpy as np
 import pytest
 
 from millrace import Runtime, RuntimeConfig, SamplingParams
 from millrace.errors import ConfigError
+from millrace.models.config import ModelConfig
+from millrace.models.decoder import AbstractDecoder
+from millrace.models.families import config_from_hf
 from millrace.models.quantization import format_paths
+from millrace.models.rope import frequencies
 from millrace.runtime.checkpoint import open_checkpoint
 from millrace.runtime.convert import convert
 from millrace.runtime.export import export
 from millrace.runtime.launch import main
 from millrace.runtime.model_source import open_model, open_weights
+from millrace.runtime.param_tree import flatten
 from millrace.runtime.quant_eval import all_logprobs
+from millrace.runtime.weights import source_leaves
 from millrace.sharding.mesh import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -39,7 +47,58 @@ def committed(name: str) -> np.ndarray:
     return logprobs(FOLDER / f"{name}.gguf")
 
 
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """Every part of every parameter."""
+    source = open_weights(str(path), None)
+    model = config_from_hf(dict(source.config))
+    specs, _ = flatten(AbstractDecoder(model, jnp.dtype("float32")).specs)
+    found = {}
+    for leaf in source_leaves(source, model, specs, whole=False):
+        for part in leaf.parts:
+            region = tuple(slice(0, size) for size in leaf.spec.shape[len(part.index) :])
+            found[f"{leaf.path} {part.index[:1]}"] = part.read([region])[0]
+    return found
+
+
+def ropes(path: Path) -> list[tuple[list[float], float]]:
+    """Frequencies of each layer, whatever they are called."""
+    found = []
+    for layer in open_model(str(path), None).config.layers:
+        assert layer.attention.rope is not None
+        values, factor = frequencies(layer.attention.rope, 64)
+        found.append((np.round(values, 5).tolist(), round(factor, 5)))
+    return found
+
+
 @pytest.mark.parametrize("name", gguf_files.MODELS)
+def test_every_architecture_has_the_parameters_of_its_hugging_face_form(name: str, tmp_path: Path) -> None:
+    config = gguf_files.model_config(name)
+    tensors = gguf_files.random_tensors(config)
+    plain = gguf_files.write_hf(tmp_path / "hf", config, tensors)
+    path = gguf_files.write_gguf(tmp_path / "model.gguf", name, config, tensors)
+    expected, found = (open_model(str(each), None).config for each in (plain, path))
+    assert without_ropes(found) == without_ropes(expected)
+    assert ropes(path) == ropes(plain)
+    if name not in ("mixtral", "qwen3_moe"):  # whose experts are apart there
+        wanted = arrays(plain)
+        for key, array in arrays(path).items():
+            np.testing.assert_allclose(array, wanted[key], atol=1e-6, rtol=0, err_msg=key)
+
+
+def without_ropes(model: ModelConfig) -> ModelConfig:
+    attentions = [dataclasses.replace(layer.attention, rope=None) for layer in model.layers]
+    layers = zip(model.layers, attentions, strict=True)
+    return dataclasses.replace(model, layers=tuple(dataclasses.replace(layer, attention=a) for layer, a in layers))
+
+
+# Programs take long to compile: those whose experts the parameters do not tell apart, by default.
+RUN = [
+    pytest.param(name, marks=[] if name in ("mixtral", "qwen3_moe") else pytest.mark.kernels)
+    for name in gguf_files.MODELS
+]
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_every_architecture_answers_as_its_hugging_face_form(name: str, tmp_path: Path) -> None:
     config = gguf_files.model_config(name)
     tensors = gguf_files.random_tensors(config)
