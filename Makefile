@@ -1,6 +1,6 @@
 # Every target does its own set-up: .ci/venv finds a Python, makes .venv and installs what the target needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels test-native lint format parity bench bench-weights compile-rack compile-kernels rack-demo wheel clean
+.PHONY: help demo test test-kernels test-native lint format parity parity-gguf bench bench-weights compile-rack compile-kernels rack-demo wheel clean
 export PYTHON
 
 BIN := .venv/bin
@@ -22,6 +22,7 @@ help:
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite the files'
 	@echo 'make parity  compare with transformers on fresh checkpoints (installs torch)'
+	@echo 'make parity-gguf  compare GGUF files with llama.cpp (builds it)'
 	@echo 'make bench   measure the numbers of the README again'
 	@echo 'make bench-weights  measure weights: loading, converting, streaming, beside llama.cpp (12 minutes)'
 	@echo 'make compile-rack  plan Llama-2-70B on 72 GB300s and compile its programs, without a GPU (installs 4.8 GB)'
@@ -77,10 +78,19 @@ bench:
 	@$(BIN)/python benchmarks/artifact.py
 
 # llama.cpp is built with the compiler that is here, which takes minutes; the benchmark goes on where that fails.
+define install_llama_cpp
+$(PEERS)/bin/python -c 'import llama_cpp' 2>/dev/null || { $(BIN)/python -m venv $(PEERS) && \
+	$(PEERS)/bin/python -m pip install -q --no-input 'llama-cpp-python>=0.3.36'; } || echo 'llama.cpp is left out'
+endef
+
+parity-gguf:
+	@.ci/venv bench
+	@$(install_llama_cpp)
+	@$(BIN)/python benchmarks/gguf_parity.py --peers=$(PEERS)
+
 bench-weights:
 	@.ci/venv bench
-	@$(PEERS)/bin/python -c 'import llama_cpp' 2>/dev/null || { $(BIN)/python -m venv $(PEERS) && \
-		$(PEERS)/bin/python -m pip install -q --no-input 'llama-cpp-python>=0.3.36'; } || echo 'llama.cpp is left out'
+	@$(install_llama_cpp)
 	@$(BIN)/python benchmarks/weights.py --peers=$(PEERS)
 
 define install_cuda

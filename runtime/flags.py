@@ -73,7 +73,7 @@ RUNTIME = Group(
     (
         Option("config", "text", "a deployment: loads configs/NAME.py first"),
         Option("set", "texts", "path=value: any option of RuntimeConfig by name, as in --set seed=7; may be repeated"),
-        Option("model", "text", "a checkpoint folder, a store, org/name on the Hugging Face hub, or embedded"),
+        Option("model", "text", "a checkpoint folder, a .gguf file, a store, org/name on the hub, or embedded"),
         Option("revision", "text", "branch, tag or commit of a model on the hub"),
         Option("dtype", "text", "bfloat16, float32 ...; the checkpoint's own by default"),
         Option("quantization", "text", "int8, fp8, int4 ... or none, of plain weights; int8 on a CPU without --dtype"),

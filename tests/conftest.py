@@ -1,5 +1,6 @@
 """Settings of every test: several CPU devices, and one cache of compiled programs for the session."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from millrace import Runtime
 
 jax.config.update("jax_num_cpu_devices", 8)
+sys.path.insert(0, str(Path(__file__).parent / "fixtures"))  # for what makes fixtures while tests run
 
 
 @pytest.fixture(scope="module")
