@@ -22,6 +22,7 @@ from millrace.runtime.overrides import load_config, override, resolve
         ("mesh.tensor=4", (("tensor", 4),)),
         ("mesh=none", None),
         ("kernels.paged_attention=reference", (("paged_attention", "reference"),)),
+        ("kernels=paged_attention:reference", (("paged_attention", "reference"),)),
     ],
 )
 def test_a_setting_becomes_its_options_type(setting, value):
