@@ -97,7 +97,7 @@ RUNTIME = Group(
         Option("store", "switch", "convert a Hugging Face checkpoint into a store when it is first opened"),
         Option("store_cache_dir", "text", "where such stores are kept"),
         Option("compile_cache_dir", "text", "where compiled programs are kept; an empty value turns that off"),
-        Option("kernels", "text", "implementations by operation, as in paged_attention=reference"),
+        Option("kernels", "text", "implementations by operation, as in paged_attention:reference"),
         Option("progress", "switch", "progress bars on stderr; on by default where stderr is a terminal"),
         Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
     ),

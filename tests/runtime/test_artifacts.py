@@ -74,7 +74,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.large),
         {"mesh": {"data": 4, "tensor": 2}, "kv_cache_dtype": "int8"},
         {"weights": "stream", "kv_cache_dtype": "fp8"},
     ],
