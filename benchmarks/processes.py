@@ -19,7 +19,7 @@ from typing import Any, Self
 FOLDER = Path(__file__).parent
 PATIENCE_S = 240.0  # for one answer
 
-type Measures = Mapping[str, Callable[..., Mapping[str, Any]]]
+Measures = Mapping[str, Callable[..., Mapping[str, Any]]]  # no `type`: a peer's Python may be 3.11
 
 
 class ProcessEnded(Exception):
