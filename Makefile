@@ -1,6 +1,6 @@
 # Every target does its own set-up: .ci/venv finds a Python, makes .venv and installs what the target needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels lint format parity bench bench-weights compile-rack compile-kernels rack-demo wheel clean
+.PHONY: help demo test test-kernels test-native lint format parity bench bench-weights compile-rack compile-kernels rack-demo wheel clean
 export PYTHON
 
 BIN := .venv/bin
@@ -18,6 +18,7 @@ help:
 	@echo 'make demo    stream text from the embedded model'
 	@echo 'make test    run the tests (TESTS=tests/runtime WORKERS=0 narrow them)'
 	@echo 'make test-kernels  run the large set of kernel tests, in GPU interpret mode'
+	@echo 'make test-native  run the C++ kernels under ASan, UBSan and TSan'
 	@echo 'make lint    ruff and mypy'
 	@echo 'make format  let ruff rewrite the files'
 	@echo 'make parity  compare with transformers on fresh checkpoints (installs torch)'
@@ -42,6 +43,10 @@ test:
 test-kernels:
 	@.ci/venv test
 	@$(BIN)/pytest $(TESTS) -q -n $(WORKERS) --dist loadfile -m kernels
+
+test-native:
+	@.ci/venv runtime
+	@$(BIN)/python tests/native/run.py --seed=$(SEED)
 
 lint: .types/millrace
 	@.ci/venv lint

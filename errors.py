@@ -6,6 +6,7 @@ MillraceError
 ├── CheckpointError           a checkpoint or store that cannot be trusted or understood (also a ValueError)
 │   └── UnsupportedModelError     a model family or a config key that Millrace does not implement
 ├── KernelError               a named kernel implementation that cannot serve, with its reason
+│   └── NativeError               the CPU kernels' library cannot be built or loaded; XLA serves instead
 ├── ProgramError              a step for which no program was compiled
 ├── StepError                 a step that could not be computed; the requests that it touched fail, the runtime goes on
 ├── OutOfMemoryError          the plan does not fit the device
@@ -36,6 +37,10 @@ class UnsupportedModelError(CheckpointError):
 
 class KernelError(MillraceError):
     """A kernel implementation was named that cannot serve; the message carries its reason."""
+
+
+class NativeError(KernelError):
+    """The library of native CPU kernels cannot be built or loaded here; the message carries its reason."""
 
 
 class ProgramError(MillraceError):

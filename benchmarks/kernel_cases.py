@@ -96,7 +96,10 @@ _TARGETED = re.compile(r"decode \w+ (256 x 2k|4 x 64k)|prefill bfloat16 \d+k|(fp
 WEIGHTS = {
     "70b_gate": (28672, 8192), "70b_down": (8192, 28672), "70b_q": (8192, 8192), "70b_k": (1024, 8192),
     "8b_gate": (14336, 4096), "8b_down": (4096, 14336), "8b_k": (1024, 4096),
+    "70b_head": (32000, 8192), "70b_down_of_4": (8192, 7168),
 }  # fmt: skip
+# Those whose outputs are float32: logits, and what devices add up, here the part of one of four.
+_FLOAT32_OUT = ("70b_head", "70b_down_of_4")
 _INT4 = FORMATS["int4"]
 _FORMATS: Mapping[str, WeightFormat | None] = {
     "bf16": None,
@@ -128,6 +131,15 @@ _ROWS: Mapping[tuple[str, str], tuple[int, ...]] = {
     ("fp8", "8b_k"): (32, 128),
     ("int4", "8b_k"): (32, 128),
     ("fp8_a16", "8b_k"): (8, 32, 128),
+    # Outputs of twice the bytes, in every tile.
+    ("fp8", "70b_head"): (8, 16, 32, 64, 128, 256, 512, 4096),
+    ("int8", "70b_head"): (64, 512),
+    ("int4", "70b_head"): (8, 16, 32, 64, 128),
+    ("fp8_a16", "70b_head"): (8, 16, 32, 64, 128),
+    ("mxfp8", "70b_head"): (64,),
+    ("nvfp4", "70b_head"): (64,),
+    ("fp8", "70b_down_of_4"): (64,),
+    ("int4", "70b_down_of_4"): (64,),
 }
 
 
@@ -140,12 +152,13 @@ def _matmul_cases() -> Iterator[Case]:
 def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
     """One linear layer of `num_rows` bfloat16 rows."""
     format, (out_dim, in_dim) = _FORMATS[format_name], WEIGHTS[weight_name]
+    out_dtype = jnp.float32 if weight_name in _FLOAT32_OUT else jnp.bfloat16
 
     def arguments(key: jax.Array) -> tuple[Any, ...]:
         return _normal(key, (num_rows, in_dim)), _weight(key, (out_dim, in_dim), format)
 
     def call(kernels: KernelChoices, x: jax.Array, weight: Any) -> jax.Array:
-        return matmul(x, weight, kernels=kernels)
+        return matmul(x, weight, kernels=kernels, out_dtype=out_dtype)
 
     return Case(
         operation="quantized_matmul",
@@ -158,13 +171,18 @@ def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
     )
 
 
-# Experts: number, experts of a token, width of the MLP and of the model.
-EXPERTS = {"qwen3_30b": (128, 8, 768, 2048), "gpt_oss": (32, 4, 2880, 2880)}
+# Experts: number, experts of a token, width of the MLP and of the model; the last are the first with float32 outputs.
+EXPERTS = {
+    "qwen3_30b": (128, 8, 768, 2048), "gpt_oss": (32, 4, 2880, 2880), "qwen3_30b_float32": (128, 8, 768, 2048),
+}  # fmt: skip
 _GROUPED_ROWS: Mapping[tuple[str, str], tuple[int, ...]] = {
     ("bf16", "qwen3_30b"): (16, 32, 256, 512, 1024, 2048, 4096),
     ("fp8", "qwen3_30b"): (16, 32, 256, 512, 1024, 2048, 4096),
     ("int4", "qwen3_30b"): (32,),
     ("mxfp4", "gpt_oss"): (32, 2048),
+    ("bf16", "qwen3_30b_float32"): (32, 4096),
+    ("fp8", "qwen3_30b_float32"): (32, 4096),
+    ("int4", "qwen3_30b_float32"): (32,),
 }
 
 
@@ -178,6 +196,7 @@ def grouped_case(format_name: str, model: str, num_tokens: int) -> Case:
     """The up projection of a layer's experts for so many tokens, which pick experts at random."""
     format, (num_experts, num_picks, out_dim, in_dim) = _FORMATS[format_name], EXPERTS[model]
     num_rows = num_tokens * num_picks
+    out_dtype = jnp.float32 if model.endswith("float32") else jnp.bfloat16
 
     def arguments(key: jax.Array) -> tuple[Any, ...]:
         picks = jax.random.randint(key, (num_rows,), 0, num_experts)
@@ -185,7 +204,7 @@ def grouped_case(format_name: str, model: str, num_tokens: int) -> Case:
         return _normal(key, (num_rows, in_dim)), _weight(key, (num_experts, out_dim, in_dim), format), sizes
 
     def call(kernels: KernelChoices, x: jax.Array, weight: Any, sizes: jax.Array) -> jax.Array:
-        return grouped_matmul(x, weight, sizes, kernels=kernels)
+        return grouped_matmul(x, weight, sizes, kernels=kernels, out_dtype=out_dtype)
 
     return Case(
         operation="grouped_matmul",

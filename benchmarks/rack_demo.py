@@ -27,8 +27,9 @@ def member(number: int, num_processes: int, port: int) -> None:
     from millrace.runtime.launch import main as millrace
 
     flags = [
-        "--model=embedded", f"--mesh=data={num_processes * NUM_DEVICES}", "--num_slots=1", "--max_step_tokens=16",
-        "--max_context_len=48", "--max_tokens=16", "--temperature=0", "--no-progress", "--compile_cache_dir=",
+        "--model=embedded", "--dtype=bfloat16", f"--mesh=data={num_processes * NUM_DEVICES}", "--num_slots=1",
+        "--max_step_tokens=16", "--max_context_len=48", "--max_tokens=16", "--temperature=0", "--no-progress",
+        "--compile_cache_dir=",
         f"--num_processes={num_processes}", f"--process_id={number}", f"--coordinator_address=127.0.0.1:{port}",
         *(f"--prompt={prompt}" for prompt in PROMPTS),
     ]  # fmt: skip

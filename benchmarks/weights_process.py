@@ -72,8 +72,8 @@ class Stepper:
     _engine: Engine
 
     def open(self, **options: Any) -> dict[str, Any]:
-        """Assemble it; `options` are RuntimeConfig's."""
-        self._engine = assemble(RuntimeConfig(**options, progress=False))
+        """Assemble it, with the weights that the store has; `options` are RuntimeConfig's."""
+        self._engine = assemble(RuntimeConfig(**options, quantization="none", progress=False))
         return {}
 
     def steps(self, *, batch: int, num_steps: int) -> dict[str, Any]:

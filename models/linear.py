@@ -43,6 +43,9 @@ class Projection(nnx.Module):
         self.scales = nnx.Param(scales, axes=group_axes, num_experts=num_experts)
         if format.zeros:
             self.zeros = nnx.Param(jnp.zeros(scales.shape, jnp.uint8), axes=group_axes, num_experts=num_experts)
+        if format.offsets:
+            offsets = jnp.zeros(scales.shape, scales.dtype)
+            self.offsets = nnx.Param(offsets, axes=group_axes, num_experts=num_experts)
         if format.global_scale:
             self.global_scale = nnx.Param(jnp.ones(lead, jnp.float32), axes=axes[:-2], num_experts=num_experts)
 
@@ -66,6 +69,7 @@ class Projection(nnx.Module):
             scales=of(self.scales),
             zeros=of(self.zeros) if format.zeros else None,
             global_scale=of(self.global_scale) if format.global_scale else None,
+            offsets=of(self.offsets) if format.offsets else None,
             format=format,
         )
 

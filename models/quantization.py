@@ -98,6 +98,11 @@ def is_scale(path: str) -> bool:
     return path.rpartition("/")[2] in ("scales", "global_scale")
 
 
+def is_beside_values(path: str) -> bool:
+    """Whether a parameter belongs to a quantized weight, but is not its values."""
+    return is_scale(path) or path.rpartition("/")[2] in ("zeros", "offsets")
+
+
 def quantized_projections(model: ModelConfig) -> Iterator[tuple[str, WeightFormat, tuple[int, int]]]:
     """Path, format and shape [out, in] (of one expert) of the quantized projections of each kind of layer."""
     for layer in dict.fromkeys(model.layers):

@@ -21,8 +21,10 @@ from jax.stages import Compiled
 
 from ..errors import CheckpointError, ConfigError
 from ..models.config import ModelConfig
+from ..pallas_kernels import native
 from ..sharding.mesh import mesh_sizes
 from .config import RuntimeConfig
+from .cpu_kernels import prepare_kernels, usable_kernels
 from .deployment import Deployment
 from .executables import LoadedProgram, compiled_anew, compiler_flags, processor, serialize, used_leaves
 from .json_files import read_object
@@ -35,6 +37,7 @@ FORMAT_NAME = "millrace-artifact"
 FORMAT_VERSION = 1
 _PACKAGE = Path(__file__).parent.parent
 _ROOMS = ("pallas_kernels", "sharding", "models", "runtime")  # whose source programs are made of
+_SOURCES = ("*.py", "tuning/*.json", "native/*.cc", "native/*.h")
 # What shapes the programs, of RuntimeConfig; an artifact decides those that are left open (None).
 _OPTIONS = (
     "dtype", "quantization", "max_context_len", "num_slots", "page_size", "max_step_tokens", "kv_cache_bytes",
@@ -86,7 +89,9 @@ def write_artifact(
     """
     try:
         _make_room(folder)
-        entries = {}
+        platform = deployment.model.kernels.platform
+        entries, calls_native = {}, False
+        prepare_kernels(platform, show_progress=show_progress)
         specs = program_specs(deployment.model, deployment.buckets, streams=deployment.sizes is not None)
         with compiled_anew():
             each = compile_each(specs, show_progress=show_progress, compiler_options=compiler_options)
@@ -94,11 +99,12 @@ def write_artifact(
                 content = serialize(compiled)
                 (folder / f"{name}{SUFFIX}").write_bytes(content)
                 entries[name] = _entry(compiled, content, compile_s)
+                calls_native |= platform == "cpu" and _calls_native(compiled)
         manifest = Manifest(
             target=target,
             kernels=deployment.model.kernels.made,
             compiler_options=dict(compiler_options or {}),
-            facts=facts_of(deployment),
+            facts={**facts_of(deployment), **({} if calls_native else {"native_kernels": None})},
             programs=entries,
         )
         content = _format(manifest)
@@ -180,9 +186,18 @@ def facts_of(deployment: Deployment) -> dict[str, Any]:
         "compiler_flags": compiler_flags(),
         "source": source_digest(),
         "processor": processor() if device.platform == "cpu" else None,
+        "native_kernels": usable_kernels() if device.platform == "cpu" else None,
     }
     plain: dict[str, Any] = json.loads(json.dumps(facts))
     return plain
+
+
+def _calls_native(compiled: Compiled) -> bool:
+    """Whether a program calls the library of native kernels."""
+    if native.unavailable() is not None:
+        return False
+    text = compiled.as_text() or ""
+    return any(f'custom_call_target="{target}"' in text for target in native.library().targets)
 
 
 def _model_facts(model: ModelConfig) -> dict[str, Any]:
@@ -197,19 +212,24 @@ def _model_facts(model: ModelConfig) -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """SHA-256 of the code that programs are made of, and of the tuned sizes of kernels."""
+    """SHA-256 of the code that programs are made of or call, and of the tuned sizes of kernels."""
     total = hashlib.sha256()
     for room in _ROOMS:
-        for path in sorted((_PACKAGE / room).rglob("*.py")) + sorted((_PACKAGE / room).rglob("tuning/*.json")):
+        for path in (path for pattern in _SOURCES for path in sorted((_PACKAGE / room).rglob(pattern))):
             total.update(f"{path.relative_to(_PACKAGE).as_posix()}\0".encode() + path.read_bytes() + b"\0")
     return total.hexdigest()
 
 
 def differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
-    """Each fact in which an artifact and this place differ; a processor may have more features than needed."""
+    """Each fact in which an artifact and this place differ; more features or instruction sets than needed are fine."""
     if path == "processor.features" and isinstance(there, list) and isinstance(here, list):
         if missing := sorted({str(feature) for feature in there} - set(here)):
             yield f"{path}: the artifact needs {' '.join(missing)}, which this processor has not"
+    elif path == "native_kernels":
+        needed, found = there if isinstance(there, list) else [], here if isinstance(here, list) else []
+        if missing := [str(name) for name in needed if name not in found]:
+            words = f"those for {' '.join(found)}" if found else f"none: {here}" if here else "none"
+            yield f"{path}: the artifact's programs may call those for {' '.join(missing)}; here there are {words}"
     elif isinstance(there, dict) and isinstance(here, dict):
         for key in {**there, **here}:
             yield from differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)

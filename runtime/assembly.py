@@ -1,6 +1,7 @@
 """Puts a runtime together: model, mesh, sizes, programs, weights, step loop."""
 
 import dataclasses
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -17,7 +18,8 @@ from . import host_memory
 from .artifacts import load_programs, with_options_of
 from .checkpoint import Checkpoint
 from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig
-from .deployment import Deployment, deploy
+from .cpu_kernels import prepare_kernels
+from .deployment import Deployment, deploy, platform_of
 from .distributed import check_mesh, config_facts, start
 from .executor import Executor
 from .group import Group
@@ -30,6 +32,7 @@ from .scheduler import Scheduler
 from .sizes import check_host_memory, device_memory
 from .store import Store
 from .store_cache import cached_store
+from .weight_choice import choose_weights
 from .weight_streaming import StreamedParams, open_stream
 from .weights import load_params
 
@@ -66,9 +69,15 @@ def _assemble(config: RuntimeConfig, group: Group) -> Engine:
     keep_programs(config.compile_cache_dir)
     mesh = make_mesh(dict(config.mesh or ()))
     check_mesh(mesh, group)
+    choice = choose_weights(config, source.config, platform_of(mesh))
+    config, source = choice.config, source.made(choice.model, choice.format)
+    if choice.line is not None and group.leads:
+        print(f"millrace: {choice.line}", file=sys.stderr, flush=True)
     deployment = deploy(config, source.config, mesh, group.least(device_memory(mesh)))
     group.check_alike({**config_facts(deployment.config), "the model": source.config})
     config, model = deployment.config, deployment.model
+    if (line := prepare_kernels(model.kernels.platform, show_progress=config.progress)) is not None:
+        print(f"millrace: {line}", file=sys.stderr, flush=True)
     if config.weights == "host":
         check_host_memory(sum(spec.num_bytes for spec in flatten(model.decoder.specs)[0].values()))
     source = _with_weights(source, config, model.decoder.dtype)

@@ -18,8 +18,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..models.config import ModelConfig
+from ..models.families import tensor_plan
+from ..models.families.plan import LeafPlan
 from .json_files import read_object
-from .safetensors_file import SafetensorsFile, open_safetensors
+from .safetensors_file import TensorFile, open_safetensors
+from .tokenizer import Tokenizer, load_tokenizer
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -45,12 +49,20 @@ class ModelFiles:
     generation_config: Mapping[str, Any]
     tokenizer_files: Mapping[str, Path]  # those of TOKENIZER_FILES that exist, by name
 
+    def load_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None where there is none.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        return load_tokenizer(self.path)
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint(ModelFiles):
-    """A Hugging Face directory that was found sound; the weights are still on disk."""
+    """A Hugging Face directory that was found sound; the weights are still on disk. A GGUF: `gguf_checkpoint`."""
 
-    shards: Mapping[str, SafetensorsFile]  # by tensor name
+    shards: Mapping[str, TensorFile]  # by tensor name
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -64,6 +76,31 @@ class Checkpoint(ModelFiles):
     def dtype(self, name: str) -> np.dtype:
         """The tensor's dtype, from its file's header."""
         return self.shards[name].tensors[name].dtype
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of the tensor on disk."""
+        return self.shards[name].tensors[name].num_bytes
+
+    def plan(self, model: ModelConfig) -> Mapping[str, LeafPlan]:
+        """How each parameter is built from the tensors.
+
+        Raises:
+          CheckpointError: tensors are missing or left over.
+        """
+        return tensor_plan(model, self.tensor_names, self.config)
+
+    def small_files(self) -> dict[str, bytes]:
+        """What a store keeps beside the weights, by name: configs and tokenizer files."""
+        return {name: file.read_bytes() for name, file in (self._configs() | dict(self.tokenizer_files)).items()}
+
+    def source_files(self) -> set[Path]:
+        """Every file that it is read from."""
+        weights = {shard.path for shard in self.shards.values()}
+        return weights | set(self.tokenizer_files.values()) | set(self._configs().values())
+
+    def _configs(self) -> dict[str, Path]:
+        names = (CONFIG_FILE, GENERATION_FILE)
+        return {name: locate(self.path, name) for name in names if os.path.lexists(self.path / name)}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor in a fresh buffer.
@@ -164,7 +201,7 @@ def read_weight_map(root: Path) -> dict[str, str]:
     return weight_map
 
 
-def _open_shards(root: Path) -> dict[str, SafetensorsFile]:
+def _open_shards(root: Path) -> dict[str, TensorFile]:
     """The file of each tensor that the index names; index and headers must agree."""
     weight_map = read_weight_map(root)
     files = {name: open_safetensors(locate(root, name)) for name in sorted(set(weight_map.values()))}
@@ -201,7 +238,9 @@ def _no_weights(root: Path) -> str:
             f"({', '.join(pickles[:3])}), which can run code and are never opened. Save the model with "
             "safe_serialization=True, or fetch a revision that has safetensors."
         )
-    found = [name for name in names if name.endswith((".safetensors", ".gguf", ".npz", ".h5", ".msgpack"))]
+    if ggufs := [name for name in names if name.endswith(".gguf")]:
+        return f"{root}: expected {WEIGHTS_FILE} or {INDEX_FILE}; found {', '.join(ggufs[:3])}. Name that file itself."
+    found = [name for name in names if name.endswith((".safetensors", ".npz", ".h5", ".msgpack"))]
     return (
         f"{root}: expected {WEIGHTS_FILE} or {INDEX_FILE}; found {', '.join(found[:3]) or 'no weights'}. "
         "Name a directory as transformers' save_pretrained writes it."

@@ -17,6 +17,7 @@ WeightsIo = Literal["auto", "cached", "direct"]
 Quantization = Literal[
     "int8", "int8_a16", "fp8", "fp8_a16", "fp8_block", "int4", "mxfp4", "mxfp8", "nvfp4"
 ]  # fmt: skip
+PLAIN = "none"  # the quantization that leaves plain weights as the checkpoint has them
 _DTYPE_SPELLINGS: dict[str, DType] = {
     "float32": "float32", "fp32": "float32", "f32": "float32", "float": "float32",
     "bfloat16": "bfloat16", "bf16": "bfloat16",
@@ -49,7 +50,9 @@ class RuntimeConfig:
     model: str = "embedded"  # "embedded", a directory (Hugging Face or store), or org/name
     revision: str | None = None  # of org/name: the main branch
     dtype: str | None = None  # of weights and activations: the checkpoint's own
-    quantization: str | None = None  # what plain weights are made (int8, fp8, int4 ...): as the checkpoint has them
+    # What plain weights are made (int8, fp8, int4 ...), or "none", which leaves them: int8 on a CPU where dtype is None
+    # too, else "none".
+    quantization: str | None = None
     # Prompt and output, in tokens: the checkpoint's own, at most 8192, and at most what its rope was trained on where
     # a longer context changes the frequencies (dynamic, longrope).
     max_context_len: int | None = None
@@ -95,9 +98,9 @@ class RuntimeConfig:
         for name, choices in (("weights", get_args(WeightsPlace)), ("weights_io", get_args(WeightsIo))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(getattr(self, name))}.")
-        if self.quantization is not None and self.quantization not in get_args(Quantization):
+        if self.quantization not in (None, PLAIN, *get_args(Quantization)):
             formats = ", ".join(get_args(Quantization))
-            raise ConfigError(f"quantization must be one of {formats}, got {shown(self.quantization)}.")
+            raise ConfigError(f"quantization must be one of {formats}, {PLAIN}, got {shown(self.quantization)}.")
         if self.weights == "resident" and self.weights_memory is not None:
             raise ConfigError("weights_memory goes with weights=stream or weights=host; resident ones are all there.")
         for name in ("prefix_caching", "progress", "store"):

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import os
 import shutil
 import sys
 import threading
@@ -30,7 +29,7 @@ from ..pallas_kernels.quantized_matmul import WeightFormat
 from ..sharding.specs import ParamSpec
 from .byte_bar import byte_bar
 from .calibration import CalibrationText, fitted_layers, read_text
-from .checkpoint import CONFIG_FILE, GENERATION_FILE, Checkpoint, locate
+from .checkpoint import CONFIG_FILE, Checkpoint
 from .param_tree import flatten
 from .quantizing import QuantizedLeaf, quantized_leaves
 from .store import Store, open_store
@@ -38,7 +37,6 @@ from .store_format import MANIFEST_FILE, PARAMS_FOLDER, to_json
 from .store_journal import Origin
 from .store_root import is_disk_full
 from .store_writer import StoreWriter, open_writer
-from .tokenizer import load_tokenizer
 from .weights import Leaf, Part, source_leaves
 from .weights import convert as to_dtype
 
@@ -93,7 +91,7 @@ def convert(
     if calibrate is not None:
         if quantization is None:
             raise ConfigError("calibrate goes with the quantization of plain weights, as in --quantization=int4.")
-        text = read_text(calibrate, load_tokenizer(source.path), model.max_context_len)
+        text = read_text(calibrate, source.load_tokenizer(), model.max_context_len)
     return write_store(source, model, dtype or own_dtype, place, quantization, text, show_progress=show_progress)
 
 
@@ -167,14 +165,8 @@ def fingerprint(source: Checkpoint | Store) -> str:
     """A digest that changes when the source does: of a store's manifest; of a checkpoint's files, but for content."""
     if isinstance(source, Store):
         return hashlib.sha256(source.root.read([MANIFEST_FILE])[MANIFEST_FILE] or b"").hexdigest()
-    files = {shard.path for shard in source.shards.values()} | set(source.tokenizer_files.values())
-    files |= {locate(source.path, name) for name in _configs(source)}
-    stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.source_files())
     return hashlib.sha256(to_json({"files": stats})).hexdigest()
-
-
-def _configs(source: Checkpoint) -> list[str]:
-    return [name for name in (CONFIG_FILE, GENERATION_FILE) if os.path.lexists(source.path / name)]
 
 
 def _files(source: Checkpoint | Store, quantization: Mapping[str, Any] | None) -> dict[str, bytes]:
@@ -183,8 +175,7 @@ def _files(source: Checkpoint | Store, quantization: Mapping[str, Any] | None) -
         names = [name for name in source.files if not name.startswith(f"{PARAMS_FOLDER}/")]
         files = {name: content for name, content in source.root.read(names).items() if content is not None}
     else:
-        places = {name: locate(source.path, name) for name in _configs(source)} | dict(source.tokenizer_files)
-        files = {name: file.read_bytes() for name, file in places.items()}
+        files = source.small_files()
     if source.config.get(KEY) != quantization:
         files[CONFIG_FILE] = to_json({**source.config, KEY: quantization})
     return files

@@ -92,7 +92,7 @@ def _step_model(config: RuntimeConfig, decoder: AbstractDecoder, placement: Plac
         decoder=decoder,
         placement=placement,
         kernels=KernelChoices(
-            _platform(placement), dict(config.kernels), device_kind=placement.mesh.devices.flat[0].device_kind
+            platform_of(placement.mesh), dict(config.kernels), device_kind=placement.mesh.devices.flat[0].device_kind
         ),
         cache=cache_spec(decoder.config, placement, num_pages, config.page_size, config.kv_cache_dtype),
         num_slots=config.num_slots,
@@ -102,6 +102,6 @@ def _step_model(config: RuntimeConfig, decoder: AbstractDecoder, placement: Plac
     )
 
 
-def _platform(placement: Placement) -> Platform:
-    platform = placement.mesh.devices.flat[0].platform
-    return "cpu" if platform == "cpu" else "gpu"
+def platform_of(mesh: Mesh) -> Platform:
+    """What a mesh's devices are."""
+    return "cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu"

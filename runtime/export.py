@@ -205,7 +205,7 @@ class _Weights:
         """Fill the place of a weight with what its arrays stand for."""
         prefix = part.path.removesuffix("weight")
         arrays = {}
-        for name in ("weight", "scales", "zeros", "global_scale"):
+        for name in ("weight", "scales", "zeros", "global_scale", "offsets"):
             entry = self.store.arrays.get(prefix + name)
             if entry is not None:
                 rest = (slice(0, size) for size in entry.shape[len(part.index) :])

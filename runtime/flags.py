@@ -76,7 +76,7 @@ RUNTIME = Group(
         Option("model", "text", "a checkpoint folder, a store, org/name on the Hugging Face hub, or embedded"),
         Option("revision", "text", "branch, tag or commit of a model on the hub"),
         Option("dtype", "text", "bfloat16, float32 ...; the checkpoint's own by default"),
-        Option("quantization", "text", "what plain weights are made: int8, fp8, int4 ...; by default as they are"),
+        Option("quantization", "text", "int8, fp8, int4 ... or none, of plain weights; int8 on a CPU without --dtype"),
         Option("max_context_len", "text", "longest prompt plus completion, in tokens"),
         Option("num_slots", "text", "how many sequences decode together"),
         Option("page_size", "text", "tokens per page of the KV cache"),

@@ -1,9 +1,9 @@
-"""From the name of a model to what can be opened: the embedded store, a directory, a URL, a repository of the hub."""
+"""From the name of a model to what can be opened: the embedded store, a directory, a GGUF, a URL, a repository."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,13 +14,16 @@ from ..models.families.quantization import wanted_format
 from ..models.quantization import uniformly, with_formats
 from ..pallas_kernels.quantized_matmul import WeightFormat
 from .checkpoint import CONFIG_FILE, Checkpoint, open_checkpoint
+from .config import PLAIN
 from .generation_defaults import default_sampling_params, eos_token_ids
+from .gguf_checkpoint import SUFFIX as GGUF_SUFFIX
+from .gguf_checkpoint import open_gguf
 from .json_files import read_object
 from .sampling_params import SamplingParams
 from .slot_state import MAX_STOP_IDS
 from .store import Store, is_store, open_store
 from .store_root import is_url
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer
 
 EMBEDDED_STORE = Path(__file__).parent.parent / "models" / "embedded" / "store"
 ARCHITECTURES = Path(__file__).parent.parent / "models" / "architectures"  # config.json files by ORG--NAME
@@ -37,9 +40,13 @@ class ModelSource:
     eos_ids: tuple[int, ...]
     default_sampling_params: SamplingParams
 
+    def made(self, config: ModelConfig, format: WeightFormat | None) -> Self:
+        """The same, to run as `config`, which has its plain weights in `format`; None leaves it as it is."""
+        return self if format is None else dataclasses.replace(self, config=config, quantization=format)
+
 
 def open_model(model: str, revision: str | None, quantization: str | None = None) -> ModelSource:
-    """Find and check a model; `quantization` names the format that plain weights are made.
+    """Find and check a model; `quantization` names the format that plain weights are made, PLAIN and None leave them.
 
     Raises:
       CheckpointError: nothing is there, or it cannot be trusted or understood.
@@ -49,7 +56,7 @@ def open_model(model: str, revision: str | None, quantization: str | None = None
     config, format = _config_of(weights.config, quantization, model)
     if isinstance(weights, Store):
         config = dataclasses.replace(config, dtype=weights.dtype)  # it may be converted to another than config.json's
-    tokenizer = load_tokenizer(weights.path)
+    tokenizer = weights.load_tokenizer()
     eos_ids = eos_token_ids(weights.generation_config, weights.config, tokenizer.eos_id if tokenizer else None)
     if len(eos_ids) > MAX_STOP_IDS // 2:
         raise CheckpointError(f"{weights.path}: expected at most {MAX_STOP_IDS // 2} eos_token_id; got {len(eos_ids)}.")
@@ -67,7 +74,8 @@ def _config_of(
     config: Mapping[str, Any], quantization: str | None, model: str
 ) -> tuple[ModelConfig, WeightFormat | None]:
     """A config.json as the model runs, and what its weights are to be made for that."""
-    found, format = config_from_hf(dict(config)), wanted_format(config, quantization, None, model)
+    name = None if quantization == PLAIN else quantization
+    found, format = config_from_hf(dict(config)), wanted_format(config, name, None, model)
     return (found, None) if format is None else (with_formats(found, uniformly(format)), format)
 
 
@@ -101,13 +109,17 @@ def open_weights(model: str, revision: str | None) -> Checkpoint | Store:
         path = EMBEDDED_STORE
     elif Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         path = Path(model).expanduser()
-        if not path.is_dir():
+        is_gguf = path.suffix == GGUF_SUFFIX and path.is_file()
+        if not (is_gguf or path.is_dir()):
             raise CheckpointError(
-                f'model {model!r} is not a directory, "embedded", a repository org/name, or the URL of a store. Give '
-                "the directory that holds config.json."
+                f'model {model!r} is not a directory, a .gguf file, "embedded", a repository org/name, or the URL of a '
+                "store. Give the directory that holds config.json."
             )
         if revision is not None:
-            raise CheckpointError(f"revision={revision!r} goes with org/name; {model!r} is a directory. Leave it out.")
+            kind = "file" if is_gguf else "directory"
+            raise CheckpointError(f"revision={revision!r} goes with org/name; {model!r} is a {kind}. Leave it out.")
+        if is_gguf:
+            return open_gguf(path)
     else:
         from .hub import download
 

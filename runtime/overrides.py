@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import configs
 from ..errors import ConfigError
-from .config import RuntimeConfig
+from .config import PLAIN, RuntimeConfig
 from .flags import RUNTIME, given
 from .spelling import nearest
 
@@ -59,10 +59,13 @@ def _with_key(table: Any, key: str, text: str, hint: Any, path: str) -> tuple[tu
 
 
 def _value(text: str, hint: Any, path: str) -> Any:
-    """`text` as the type that the option is annotated with; "none" where the option may be None."""
+    """`text` as the type that the option is annotated with; "none" where the option may be None.
+
+    But quantization=none is a choice of its own, that of plain weights.
+    """
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if type(None) in options and text.lower() == "none":
-        return None
+        return PLAIN if path == "quantization" else None
     kind = _pair_type(hint)
     if kind is None:
         return _scalar(text, next(option for option in options if option is not type(None)), path)

@@ -53,6 +53,7 @@ class QuantizedLeaf:
             "scales": weight.scales,
             "zeros": weight.zeros,
             "global_scale": weight.global_scale,
+            "offsets": weight.offsets,
         }
         prefix = self.source.path.removesuffix("weight")
         return {f"{prefix}{name}": np.asarray(array) for name, array in arrays.items() if array is not None}
@@ -110,10 +111,10 @@ def dequantize_into(place: np.ndarray, arrays: Mapping[str, np.ndarray], format:
             rows = slice(start, start + step)
             blocks = slice(start // format.block_rows, (start + step) // format.block_rows)
             zeros = one["zeros"][blocks] if format.zeros else None
-            slab = dequantize_part(
-                one["weight"][rows], one["scales"][blocks], zeros, one.get("global_scale"), format=format
+            offsets = one["offsets"][blocks] if format.offsets else None
+            place[(*index, rows)] = dequantize_part(
+                one["weight"][rows], one["scales"][blocks], zeros, one.get("global_scale"), offsets, format=format
             )
-            place[(*index, rows)] = slab
 
 
 def load_quantized(

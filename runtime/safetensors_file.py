@@ -60,8 +60,8 @@ _MAX_SIZE = 1 << 48
 class TensorEntry:
     """Where one tensor lies; `start` and `stop` are bytes from the file's beginning."""
 
-    dtype: np.dtype
-    shape: tuple[int, ...]
+    dtype: np.dtype  # one with fields is that of a block of several values along the last axis (GGUF)
+    shape: tuple[int, ...]  # counts values
     start: int
     stop: int
 
@@ -72,14 +72,14 @@ class TensorEntry:
 
 
 @dataclasses.dataclass(frozen=True)
-class SafetensorsFile:
-    """A file whose header was found sound."""
+class TensorFile:
+    """A file of tensors whose header was found sound: safetensors, or GGUF (`gguf_file`)."""
 
     path: Path
     tensors: Mapping[str, TensorEntry]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor in a fresh buffer that nothing else refers to.
+        """The tensor in a fresh buffer that nothing else refers to; blocks as [*lead, blocks], not looked into.
 
         Raises:
           CheckpointError: the file became shorter since it was opened, or the tensor holds NaN or infinity.
@@ -100,7 +100,8 @@ class SafetensorsFile:
                     list(readers.map(lambda start: self._read_part(fd, name, buffer, start), starts))
         finally:
             os.close(fd)
-        return buffer.view(entry.dtype).reshape(entry.shape)
+        shape = entry.shape if entry.dtype.names is None else (*entry.shape[:-1], -1)
+        return buffer.view(entry.dtype).reshape(shape)
 
     def _read_part(self, fd: int, name: str, buffer: np.ndarray, start: int) -> None:
         """Fills buffer[start : start + _READ_BYTES] and looks for values that are not finite."""
@@ -112,7 +113,8 @@ class SafetensorsFile:
             if num_read == 0:
                 raise CheckpointError(f"{self.path}: ends inside {name!r}; it became shorter while it was being read.")
             done += num_read
-        check_finite(part.view(entry.dtype), f"{self.path}: {name!r}")
+        if entry.dtype.names is None:
+            check_finite(part.view(entry.dtype), f"{self.path}: {name!r}")
 
 
 def aligned_empty(num_bytes: int, alignment: int = _ALIGNMENT) -> np.ndarray:
@@ -137,7 +139,7 @@ def check_finite(array: np.ndarray, what: str) -> None:
             )
 
 
-def open_safetensors(path: Path) -> SafetensorsFile:
+def open_safetensors(path: Path) -> TensorFile:
     """Reads and checks the header.
 
     Raises:
@@ -162,7 +164,7 @@ def open_safetensors(path: Path) -> SafetensorsFile:
         raise CheckpointError(f"{path}: __metadata__ should be an object of strings; got {metadata!r:.80}.")
     tensors = {name: _entry(f"{path}: {name!r}", value, 8 + header_bytes) for name, value in header.items()}
     _check_cover(path, tensors, 8 + header_bytes, file_bytes)
-    return SafetensorsFile(path, tensors)
+    return TensorFile(path, tensors)
 
 
 def _entry(what: str, value: Any, data_start: int) -> TensorEntry:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from pathlib import Path
 
 import sentencepiece
 
@@ -18,8 +17,8 @@ _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 class SentencePieceTokenizer(Tokenizer):
     """Decodes piece by piece, so that increments add up; lstrip and rstrip of added tokens are not read."""
 
-    def __init__(self, path: Path, settings: TokenizerSettings) -> None:
-        model, prefix = _load(path)
+    def __init__(self, proto: bytes, settings: TokenizerSettings, where: str) -> None:
+        model, prefix = _load(proto, where)
         added = {text: id for id, (text, _) in settings.added_tokens.items()}
         special = {id for id, (_, is_special) in settings.added_tokens.items() if is_special}
         for id in range(model.get_piece_size()):
@@ -61,14 +60,13 @@ class SentencePieceTokenizer(Tokenizer):
         return text.removeprefix(self._prefix) if self._prefix else text
 
 
-def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, str]:
+def _load(proto: bytes, where: str) -> tuple[sentencepiece.SentencePieceProcessor, str]:
     """The model with its own prefix switched off, and that prefix: a space or nothing."""
     try:
-        proto = path.read_bytes()
         original = sentencepiece.SentencePieceProcessor(model_proto=proto)
         model = sentencepiece.SentencePieceProcessor(model_proto=proto + _NO_DUMMY_PREFIX)
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a sentencepiece model: {error}") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{where} cannot be read as a sentencepiece model: {error}") from error
     has_prefix = "".join(original.encode("a", out_type=str)).startswith(_SPACE)
     return model, " " if has_prefix else ""
 

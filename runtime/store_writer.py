@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from ..errors import CheckpointError
 from ..models.families.quantization import KEY as QUANTIZATION_KEY
-from ..models.quantization import is_scale
+from ..models.quantization import is_beside_values
 from ..sharding.rules import RULES
 from ..sharding.specs import ParamSpec, SpecTree
 from .checkpoint import CONFIG_FILE
@@ -313,7 +313,7 @@ def _main_dtype(specs: Mapping[str, ParamSpec]) -> str:
     """That of most bytes, but for the integers and narrow floats of quantized weights."""
     num_bytes = Counter[str]()
     for path, spec in specs.items():
-        if spec.dtype.itemsize > 1 and not is_scale(path):
+        if spec.dtype.itemsize > 1 and not is_beside_values(path):
             num_bytes[str(spec.dtype)] += spec.num_bytes
     return num_bytes.most_common(1)[0][0] if num_bytes else str(next(iter(specs.values())).dtype)
 

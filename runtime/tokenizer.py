@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InvalidRequestError
-from .json_files import read_object
+from .json_files import parse_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastBackend
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -105,30 +106,45 @@ class FastTokenizer(Tokenizer):
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory; None where it has no tokenizer file. Raises CheckpointError."""
-    settings = read_settings(directory)
-    if (path := directory / "tokenizer.json").is_file():
+    paths = [directory / name for name in (*TOKENIZER_FILES, *_SETTINGS_FILES)]
+    try:
+        return tokenizer_of({path.name: path.read_bytes() for path in paths if path.is_file()}, str(directory))
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error}). Check its permissions.") from error
+
+
+def tokenizer_of(files: Mapping[str, bytes], where: str) -> Tokenizer | None:
+    """The tokenizer that these files make, by name; None where they hold none. Raises CheckpointError."""
+    settings = read_settings(files, where)
+    if (content := files.get("tokenizer.json")) is not None:
         from tokenizers import Tokenizer as FastBackend
 
         try:
-            backend = FastBackend.from_file(str(path))
+            backend = FastBackend.from_buffer(content)
         except Exception as error:  # the package raises plain Exception for whatever is wrong with the file
-            raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}") from error
+            raise CheckpointError(f"{where}/tokenizer.json cannot be read as a tokenizer: {error}") from error
         return FastTokenizer(backend, settings)
-    if (path := directory / "tokenizer.model").is_file():
+    if (content := files.get("tokenizer.model")) is not None:
         from .sentencepiece_tokenizer import SentencePieceTokenizer
 
-        return SentencePieceTokenizer(path, settings)
+        return SentencePieceTokenizer(content, settings, f"{where}/tokenizer.model")
     return None
 
 
-def read_settings(directory: Path) -> TokenizerSettings:
+def read_settings(files: Mapping[str, bytes], where: str) -> TokenizerSettings:
     """Read tokenizer_config.json, special_tokens_map.json and chat_template.jinja, any of which may be missing."""
-    config = _read_optional(directory / "tokenizer_config.json")
-    special = {**_special_tokens(_read_optional(directory / "special_tokens_map.json")), **_special_tokens(config)}
-    jinja = directory / "chat_template.jinja"
+
+    def read(name: str) -> dict[str, Any]:
+        return parse_object(files[name], f"{where}/{name}") if name in files else {}
+
+    config = read("tokenizer_config.json")
+    special = {**_special_tokens(read("special_tokens_map.json")), **_special_tokens(config)}
+    jinja = files.get("chat_template.jinja")
     return TokenizerSettings(
         special_tokens=special,
-        chat_template=_read_text(jinja) if jinja.is_file() else _chat_template(config.get("chat_template")),
+        chat_template=_text(jinja, f"{where}/chat_template.jinja")
+        if jinja is not None
+        else _chat_template(config.get("chat_template")),
         add_bos_token=_flag(config, "add_bos_token"),
         add_eos_token=_flag(config, "add_eos_token"),
         legacy=_flag(config, "legacy") is not False,
@@ -136,15 +152,11 @@ def read_settings(directory: Path) -> TokenizerSettings:
     )
 
 
-def _read_text(path: Path) -> str:
+def _text(content: bytes, where: str) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} cannot be read as UTF-8 text: {error}") from error
 
 
 def _token_content(value: object) -> str | None:

@@ -18,7 +18,6 @@ from jax.sharding import NamedSharding
 
 from ..errors import CheckpointError
 from ..models.config import ModelConfig
-from ..models.families import tensor_plan
 from ..models.families.plan import LeafPlan, Piece
 from ..models.quantization import is_scale
 from ..sharding.rules import Placement
@@ -88,7 +87,7 @@ def source_leaves(source: Source, model: ModelConfig, specs: Mapping[str, ParamS
     if isinstance(source, Store):
         check_store(source, specs)
         return store_leaves(source, specs, whole=whole)
-    return checkpoint_leaves(source, tensor_plan(model, source.tensor_names, source.config), specs)
+    return checkpoint_leaves(source, source.plan(model), specs)
 
 
 def place_leaves(
@@ -268,8 +267,7 @@ def _piece_part(checkpoint: Checkpoint, piece: Piece) -> Part:
         built = piece.build({name: checkpoint.read(name) for name in piece.names})
         return [built[region] for region in regions]
 
-    num_bytes = sum(math.prod(checkpoint.shape(name)) * checkpoint.dtype(name).itemsize for name in piece.names)
-    return Part(piece.index, read, num_bytes)
+    return Part(piece.index, read, sum(checkpoint.num_bytes(name) for name in piece.names))
 
 
 def store_leaves(store: Store, specs: Mapping[str, ParamSpec], *, whole: bool) -> Iterator[Leaf]:

@@ -15,6 +15,7 @@ NAMES = {
     "KernelError",
     "Logprob",
     "MillraceError",
+    "NativeError",
     "OutOfMemoryError",
     "ProgramError",
     "RequestOutput",

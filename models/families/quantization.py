@@ -1,15 +1,18 @@
 """What config.json's quantization_config says: the one source of truth for the formats of a model's weights.
 
 A method, by its quant_method, is a reader. That of stores, "millrace", gives a `Rule`, the format of each projection;
-those of published checkpoints (`published`) give a `Scheme`, which knows their tensors besides.
+that of
+GGUF files, "gguf", does so too (`gguf.formats`); those of published checkpoints (`published`) give a `Scheme`, which
+knows their tensors besides.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ...errors import ConfigError, UnsupportedModelError
 from ...pallas_kernels.quantized_matmul import FORMATS, WeightFormat
 from ..quantization import Rule, named_format, uniformly
+from .gguf import formats as gguf_formats
 from .published import PUBLISHED
 from .published.scheme import Scheme
 from .reader import ConfigReader
@@ -29,6 +32,9 @@ def read_millrace(reader: ConfigReader) -> Rule:
         raise UnsupportedModelError(f"{reader.where}: {error}") from error
 
 
+_RULES: Mapping[str, Callable[[ConfigReader], Rule]] = {METHOD: read_millrace, gguf_formats.METHOD: gguf_formats.read}
+
+
 def read_quantization(config: Mapping[str, Any], dtype: str) -> Rule | Scheme | None:
     """What a config.json of a model in `dtype` says; None if its weights are plain.
 
@@ -38,11 +44,11 @@ def read_quantization(config: Mapping[str, Any], dtype: str) -> Rule | Scheme | 
     if config.get(KEY) is None:
         return None
     whole = ConfigReader({KEY: config[KEY]}, {})
-    method = whole.section(KEY, {}).choice("quant_method", {name: name for name in (METHOD, *PUBLISHED)})
+    method = whole.section(KEY, {}).choice("quant_method", {name: name for name in (*_RULES, *PUBLISHED)})
     defaults, read = PUBLISHED.get(method, ({}, None))
     reader = ConfigReader({KEY: config[KEY]}, {}).section(KEY, defaults)
     reader.ignore("quant_method")
-    found = read_millrace(reader) if read is None else read(reader, dtype)
+    found = _RULES[method](reader) if read is None else read(reader, dtype)
     reader.finish()
     return found
 
@@ -62,8 +68,8 @@ def wanted_format(config: Mapping[str, Any], name: str | None, group: int | None
     if is_same and group in (None, found.get("group_size")):
         return None
     raise ConfigError(
-        f"{where}: expected plain weights to quantize as {name}; they are quantized already: {dict(found)}. Leave "
-        "quantization out, or take the unquantized checkpoint."
+        f"{where}: expected plain weights to quantize as {name}; they are quantized already: {dict(found)!r:.200}. "
+        "Leave quantization out, or take the unquantized checkpoint."
     )
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 
 from ...errors import KernelError
 from ..dispatch import Implementation, KernelChoices, anywhere
-from . import blackwell, hopper, reference, xla
+from . import blackwell, cpu, hopper, reference, xla
 from .contract import CacheDType, KvCache, PagedAttentionProblem, PagedAttentionSpec, PagedBatch
 from .write import write_kv
 
@@ -31,6 +31,7 @@ __all__ = [
 TABLE: tuple[Implementation[PagedAttentionProblem], ...] = (
     Implementation("hopper", hopper.paged_attention, hopper.unsupported, is_tuned=True),
     Implementation("blackwell", blackwell.paged_attention, blackwell.unsupported, is_tuned=True),
+    Implementation("cpu", cpu.paged_attention, cpu.unsupported),
     Implementation("xla", xla.paged_attention, anywhere),
     Implementation("reference", reference.paged_attention, anywhere),
 )

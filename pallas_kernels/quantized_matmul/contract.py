@@ -1,6 +1,7 @@
 """The weights that a matmul takes: a plain array, or a quantized one of a format that its names say.
 
-Dequantized, a weight is (stored value, minus its zero point or 8 for uint4) * scale of its group * global scale.
+Dequantized, a weight is (stored value, minus its zero point or 8 for uint4) * scale of its group * global scale, plus
+the offset of its group.
 """
 
 import dataclasses
@@ -42,6 +43,7 @@ class WeightFormat:
     zeros: bool = False  # uint4 only: a zero point for each scale, 0..15, stored one a byte
     activations: ActivationDtype = "own"
     global_scale: bool = False  # one more float32 for the whole weight
+    offsets: bool = False  # a number for each scale, in its dtype, that is added after it; nothing is rounded to such
 
     @property
     def is_packed(self) -> bool:
@@ -68,7 +70,7 @@ class WeightFormat:
         return out_dim, in_dim // 2 if self.is_packed else in_dim
 
     def scales_shape(self, out_dim: int, in_dim: int) -> tuple[int, int]:
-        """Of the scales (and zero points) of one weight; `misfit` says whether there are any."""
+        """Of the scales (zero points, offsets) of one weight; `misfit` says whether there are any."""
         return out_dim // self.block_rows, 1 if self.group is None else in_dim // self.group
 
     def misfit(self, out_dim: int, in_dim: int) -> str | None:
@@ -112,6 +114,7 @@ class QuantizedWeight:
     scales: Shaped[Array, "*lead blocks groups"]
     zeros: UInt8[Array, "*lead blocks groups"] | None = None
     global_scale: Float[Array, "*lead"] | None = None
+    offsets: Float[Array, "*lead blocks groups"] | None = None
     format: WeightFormat = dataclasses.field(metadata={"static": True})
 
     @property

@@ -45,7 +45,7 @@ def quantize(weight: Float[Array, "*lead out in"], format: WeightFormat) -> Quan
 def dequantize(weight: QuantizedWeight) -> Float[Array, "*lead out in"]:
     """The weight in float32."""
     whole: jax.Array = dequantize_part(
-        weight.values, weight.scales, weight.zeros, weight.global_scale, format=weight.format
+        weight.values, weight.scales, weight.zeros, weight.global_scale, weight.offsets, format=weight.format
     )
     return whole
 
@@ -62,9 +62,11 @@ def quantize_part(weight: Any, format: WeightFormat, global_scale: Any = None) -
     """Values, scales and zeros (None without) of a weight, or of whole blocks of its rows; jax or numpy, as it is.
 
     Raises:
-      KernelError: its shape does not fit the format.
+      KernelError: its shape does not fit the format, or that has offsets, to which nothing is rounded here.
     """
     xp = _module(weight)
+    if format.offsets:
+        raise KernelError(f"{format.name} has offsets: such weights are read as they are; quantize to one without")
     *lead, out_dim, in_dim = weight.shape
     if reason := format.misfit(out_dim, in_dim):
         raise KernelError(f"a weight [out, in] = {(out_dim, in_dim)} cannot be quantized as {format.name}: {reason}")
@@ -87,7 +89,9 @@ def quantize_part(weight: Any, format: WeightFormat, global_scale: Any = None) -
     )
 
 
-def dequantize_part(values: Any, scales: Any, zeros: Any, global_scale: Any, *, format: WeightFormat) -> Any:
+def dequantize_part(
+    values: Any, scales: Any, zeros: Any, global_scale: Any, offsets: Any = None, *, format: WeightFormat
+) -> Any:
     """A weight, or whole blocks of its rows, in float32; jax or numpy, as it is."""
     xp = _module(values)
     codes = unpack_nibbles(values) if format.is_packed else values
@@ -100,6 +104,8 @@ def dequantize_part(values: Any, scales: Any, zeros: Any, global_scale: Any, *, 
     wide = wide * scales[..., :, None, :, None].astype(np.float32)
     if global_scale is not None:
         wide = wide * xp.reshape(global_scale, (*lead, 1, 1, 1, 1))
+    if offsets is not None:
+        wide = wide + offsets[..., :, None, :, None].astype(np.float32)
     return wide.reshape(*lead, out_dim, in_dim)
 
 

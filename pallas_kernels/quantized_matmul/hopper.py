@@ -48,6 +48,8 @@ def unsupported(problem: MatmulProblem) -> str | None:
 def _unsupported_format(format: WeightFormat) -> str | None:
     if format.block_rows != 1:
         return f"{format.name} has scales for blocks of channels"
+    if format.offsets:
+        return f"{format.name} has offsets beside its scales"
     if format.activations != "own":
         if format.activations == format.storage and format.group is None and not format.global_scale:
             return None

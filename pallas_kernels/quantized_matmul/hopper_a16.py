@@ -130,7 +130,10 @@ def product(
         is_interpreted=bool(interpret),
     )
     scratch = _scratch(tile, groups, operands, is_interpreted=bool(interpret)) | {"staged": parts.staged}
-    stored = launch(body, tiles, tuple(operands.values()), out=parts.out, scratch=scratch, interpret=interpret)
+    stored = launch(
+        body, tiles, tuple(operands.values()), out=parts.out, scratch=scratch, name="matmul_a16_hopper",
+        interpret=interpret,
+    )  # fmt: skip
     return parts.by_rows(stored)
 
 

@@ -264,9 +264,10 @@ def launch(
     *,
     out: jax.ShapeDtypeStruct,
     scratch: Mapping[str, Any],
+    name: str,
     interpret: Any,
 ) -> jax.Array:
-    """Run `body` over the tiles: it gets the operands, the output and, by name, the scratch."""
+    """Run `body` over the tiles: it gets the operands, the output and, by name, the scratch; `name` is for profiles."""
     run = plgpu.kernel(
         body,
         out_type=out,
@@ -277,6 +278,7 @@ def launch(
         cluster_names=("peer",),
         num_threads=tiles.tile.warpgroups + 1,
         thread_name="wg",
+        kernel_name=name,
         **({"interpret": interpret} if interpret else {}),
     )
     product: jax.Array = run(*operands)

@@ -32,6 +32,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from .hopper_tiles import (
+    LINE_BYTES,
     Parts,
     Ring,
     Tile,
@@ -44,8 +45,6 @@ from .hopper_tiles import (
     shared_by,
     swizzled,
 )
-
-STAGED = 64  # columns of output that a warpgroup stages at a time, twice
 
 
 def product(
@@ -65,7 +64,8 @@ def product(
         tiles,
         (m_values, n_values, m_scales, n_scales),
         out=jax.ShapeDtypeStruct((tiles.m, tiles.n), out_dtype),
-        scratch=_scratch(tile, m_values.dtype) | {"staged": swizzled((tile.warpgroups, 2, tile.m, STAGED), out_dtype)},
+        scratch=_scratch(tile, m_values.dtype) | {"staged": _staged(tile, out_dtype)},
+        name="matmul_w8a8_hopper",
         interpret=interpret,
     )
 
@@ -89,9 +89,15 @@ def product_in_parts(
         (m_values, n_values, m_scales, n_scales),
         out=parts.out,
         scratch=_scratch(tile, m_values.dtype) | {"staged": parts.staged},
+        name="matmul_w8a8_hopper",
         interpret=interpret,
     )
     return parts.by_rows(stored)
+
+
+def _staged(tile: Tile, dtype: DTypeLike) -> Any:
+    """Of each consumer warpgroup two lines of its rows of the output: wider numbers must not take more room."""
+    return swizzled((tile.warpgroups, 2, tile.m, LINE_BYTES // jnp.dtype(dtype).itemsize), dtype)
 
 
 def _scratch(tile: Tile, dtype: DTypeLike) -> dict[str, Any]:
@@ -195,11 +201,11 @@ def _sums(ring: Ring, first_use: jax.Array, tiles: Tiles, m_smem: Any, n_smem: A
 
 
 def _store(sums: jax.Array, n_scales: Any, staged: Any, to: Any) -> None:
-    """Scale and store a tile [m, n] in parts of STAGED columns, one of which is on its way while the next is made."""
-    rows, columns = sums.shape
-    for part, first in enumerate(range(0, columns, STAGED)):
-        scaled = sums[:, first : first + STAGED] * along_rows(n_scales[pl.ds(first, STAGED)], (rows, STAGED))
+    """Scale and store a tile [m, n] as wide as `staged` at a time, one part on its way while the next is made."""
+    (rows, columns), width = sums.shape, staged.shape[-1]
+    for part, first in enumerate(range(0, columns, width)):
+        scaled = sums[:, first : first + width] * along_rows(n_scales[pl.ds(first, width)], (rows, width))
         plgpu.wait_smem_to_gmem(min(part, 1), wait_read_only=True)  # all, before the first: parts may be odd
         staged[part % 2] = scaled.astype(staged.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged.at[part % 2], to.at[:, pl.ds(first, STAGED)])
+        plgpu.copy_smem_to_gmem(staged.at[part % 2], to.at[:, pl.ds(first, width)])

@@ -33,7 +33,7 @@ def matmul(x: jax.Array, weight: Weight, *, platform: Platform, out_dtype: DType
 def product_of(x: jax.Array, weight: QuantizedWeight, platform: Platform) -> jax.Array:
     """[..., in] times one quantized weight, in float32."""
     format = weight.format
-    is_by_row = format.group is None and format.block_rows == 1 and not format.is_packed
+    is_by_row = format.group is None and format.block_rows == 1 and not format.is_packed and not format.offsets
     if not is_by_row:
         # float8 activations with a scale are no bfloat16s: rounding them again would cost what the format has left.
         wide = x if format.activations == "own" else rounded(x, weight).astype(x.dtype)

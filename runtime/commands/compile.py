@@ -4,6 +4,7 @@ The target's hardware need not be here: for GPUs jax's CUDA compiler must be ins
 no GPU. Without --target it is this machine. `--artifact=DIR` then starts a runtime without compiling anything.
 """
 
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,16 +51,22 @@ def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
     from ...sharding.mesh import make_mesh
     from ...sharding.targets import parse_target, stay_on_cpus
     from ..artifacts import write_artifact
-    from ..deployment import deploy
+    from ..deployment import deploy, platform_of
     from ..model_source import open_model_config
     from ..sizes import device_memory
+    from ..weight_choice import choose_weights
 
     machine = None if config.target is None else parse_target(config.target)
     if machine is not None:
         stay_on_cpus(machine.num_devices if machine.target.platform == "cpu" else 1)
     mesh = make_mesh(dict(config.mesh or ()), machine.compile_devices() if machine else None)
     model = open_model_config(config.model, config.revision, config.quantization)
-    deployment = deploy(config, model, mesh, machine.target.memory_bytes if machine else device_memory(mesh))
+    choice = choose_weights(config, model, platform_of(mesh))
+    if choice.line is not None:
+        print(f"millrace: {choice.line}", file=sys.stderr)
+    deployment = deploy(
+        choice.config, choice.model, mesh, machine.target.memory_bytes if machine else device_memory(mesh)
+    )
     return write_artifact(
         folder,
         deployment,

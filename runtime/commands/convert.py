@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ...errors import ConfigError
-from ..config import Quantization
+from ..config import PLAIN, Quantization
 from ..flags import Group, Option
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ GROUPS = (
             Option("destination", "text", "a new or empty folder, or a URL; or this conversion's own, to go on"),
             Option("revision", "text", "branch, tag or commit of a source on the hub"),
             Option("dtype", "text", "bfloat16 (bf16), float16 (fp16) or float32 (fp32); the source's own by default"),
-            Option("quantization", "text", f"what plain weights are made: {', '.join(get_args(Quantization))}"),
+            Option(
+                "quantization", "text", f"what plain weights are made: {', '.join(get_args(Quantization))}; or none"
+            ),
             Option(
                 "group_size", "integer", "inputs that share a scale: 32, 64 or 128, in int4 (64) and fp8_block (128)"
             ),
@@ -49,7 +51,8 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     name = DTYPES.get(values["dtype"], values["dtype"])
     if name is not None and name not in DTYPES.values():
         raise ConfigError(f"dtype should be one of {', '.join(DTYPES.values())}; got {name!r}")
-    if values["group_size"] is not None and values["quantization"] is None:
+    format_name = None if values["quantization"] == PLAIN else values["quantization"]
+    if values["group_size"] is not None and format_name is None:
         raise ConfigError("group_size goes with quantization, as in --quantization=int4 --group_size=128")
     import jax.numpy as jnp
 
@@ -59,7 +62,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
 
     source = open_weights(values["source"], values["revision"])
     dtype = None if name is None else jnp.dtype(name)
-    quantization = wanted_format(source.config, values["quantization"], values["group_size"], values["source"])
+    quantization = wanted_format(source.config, format_name, values["group_size"], values["source"])
     store = convert(
         source,
         values["destination"],

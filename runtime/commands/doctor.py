@@ -142,6 +142,27 @@ def _host(_: "RuntimeConfig") -> Iterator[Finding]:
     yield Finding("ok", "host", f"{cores} cores, {min(allowed, total) / GIB:.1f} GiB of memory, {platform.machine()}")
 
 
+def _native_kernels(_: "RuntimeConfig") -> Iterator[Finding]:
+    """What computes on a CPU, built now where it is not yet."""
+    import jax
+
+    from ...errors import NativeError
+    from ...pallas_kernels import native
+
+    if jax.default_backend() != "cpu":
+        return
+    try:
+        library = native.library(show_progress=True)
+    except NativeError as error:
+        first, *more = str(error).splitlines()
+        yield Finding("warn", "native kernels", f"none, XLA computes instead: {first}", *more[:1])
+        return
+    sets = ", ".join(library.instruction_sets)
+    yield Finding("ok", "native kernels", f"{sets}; built by {library.compiler} in {library.path.parent}")
+    for reason in library.left_out:
+        yield Finding("note", "native kernels", f"without {reason}")
+
+
 def _compile_cache(config: "RuntimeConfig") -> Iterator[Finding]:
     folder = compile_cache_folder(config)
     if folder is None:
@@ -190,4 +211,6 @@ def _hub(_: "RuntimeConfig") -> Iterator[Finding]:
 
 
 Check = Callable[["RuntimeConfig"], Iterator[Finding]]
-CHECKS: tuple[Check, ...] = (_python, _versions, _settings, _devices, _host, _compile_cache, _embedded, _hub)
+CHECKS: tuple[Check, ...] = (
+    _python, _versions, _settings, _devices, _host, _native_kernels, _compile_cache, _embedded, _hub,
+)  # fmt: skip

@@ -53,6 +53,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
         raise ConfigError("eval-quant has all weights on the devices: leave --weights out.")
     from ...sharding.mesh import make_mesh
     from ..assembly import keep_programs
+    from ..cpu_kernels import prepare_kernels
     from ..model_source import open_model
     from ..quant_eval import evaluate, make_windows
 
@@ -64,7 +65,9 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     windows = make_windows(source.tokenizer, list(_texts(values["text"])), values["window"], values["max_tokens"])
     candidates = list(_candidates(values, cache_dtypes, source.config))
     keep_programs(config.compile_cache_dir)
-    scores = evaluate(source, config, make_mesh(dict(config.mesh or ())), windows, candidates)
+    mesh = make_mesh(dict(config.mesh or ()))
+    prepare_kernels("cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu", show_progress=config.progress)
+    scores = evaluate(source, config, mesh, windows, candidates)
     record = {
         "model": config.model,
         "num_bytes": windows.num_bytes,

@@ -5,6 +5,7 @@ installed, else from the CPU's or from shapes, and are called an estimate. Speed
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,10 +45,15 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     from ..model_source import open_model_config
     from ..plan_report import plan_json, plan_text, plot, sweep_text
     from ..roofline import Workload
+    from ..weight_choice import choose_weights
 
     stay_on_cpus(math.prod(size for _, size in config.mesh or ()))
     machine = parse_target(config.target or "cpu")
     model = open_model_config(config.model, config.revision, config.quantization)
+    choice = choose_weights(config, model, machine.target.platform)
+    config, model = choice.config, choice.model
+    if choice.line is not None:
+        print(f"millrace: {choice.line}", file=sys.stderr)
     workload = Workload(prompt_len=values["prompt_len"], output_len=values["output_len"])
     plan = plan_deployment(config, model, machine, workload, compiles=values["compile"])
     meshes = sweep(config, model, machine, workload) if values["sweep"] else None

@@ -96,6 +96,17 @@ def test_quantized_groups_meet_the_weights_that_they_stand_for(kernels: KernelCh
     assert not np.any(y[group == len(sizes)])
 
 
+def test_groups_have_their_own_offsets(kernels: KernelChoices) -> None:
+    sizes, group = place("uneven")
+    format, random = WeightFormat(name="offsets", storage="int8", group=16, offsets=True), np.random.default_rng(5)
+    values = random.integers(-128, 128, (len(sizes), 16, 32)).astype(np.int8)
+    scales, offsets = (random.normal(size=(len(sizes), 16, 2)).astype(np.float32) for _ in range(2))
+    weight = QuantizedWeight(values=values, scales=scales, offsets=offsets, format=format)
+    x = draw(len(group), 32)
+    expected = product(x, dequantize(weight), group)
+    assert np.linalg.norm(run(x, weight, sizes, kernels) - expected) < 1e-5 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("grouping", ["singles", "uneven", "large"])
 def test_gradients_follow_the_definition(kernels: KernelChoices, grouping: str) -> None:
     sizes, group = place(grouping)

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 
 from millrace.errors import KernelError
-from millrace.pallas_kernels.dispatch import KernelChoices
+from millrace.pallas_kernels import native
+from millrace.pallas_kernels.dispatch import KernelChoices, anywhere
 from millrace.pallas_kernels.paged_attention import (
     TABLE,
     KvCache,
     PagedAttentionSpec,
     PagedBatch,
     paged_attention,
+    cpu,
     write_kv,
 )
 
@@ -24,7 +26,9 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 3, 6, 2, 16, 8
 LAYER = 1
 SPEC = PagedAttentionSpec(scale=0.3)
 DECODE = dataclasses.replace(SPEC, one_query_per_slot=True)
-PORTABLE = [entry for entry in TABLE if not entry.is_tuned]  # those made for a chip have files of their own
+PORTABLE = [entry for entry in TABLE if entry.unsupported is anywhere]  # those for a GPU have files of their own
+# Every instruction set that this machine has, by name; none where the library cannot be built.
+NATIVE = [f"cpu {name}" for name in cpu.instruction_sets()] if native.unavailable() is None else []
 
 # (queries, keys) of each slot: a slot with keys and no query, an empty one, single queries, a whole prompt of several
 # tiles, a chunk late in a long context, lengths on both sides of a page's and of a block's edge.
@@ -108,6 +112,11 @@ def attend(
     q: jax.Array, cache: KvCache[jax.Array], batch: PagedBatch, sinks: jax.Array | None, implementation: str,
     spec: PagedAttentionSpec,
 ) -> jax.Array:  # fmt: skip
+    if implementation in NATIVE:
+        instruction_set = implementation.removeprefix("cpu ")
+        return cpu.paged_attention(
+            q, cache, jnp.int32(LAYER), batch, spec=spec, sinks=sinks, instruction_set=instruction_set
+        )
     kernels = KernelChoices("cpu", {"paged_attention": implementation})
     return paged_attention(q, cache, jnp.int32(LAYER), batch, spec=spec, kernels=kernels, sinks=sinks)
 
@@ -145,7 +154,7 @@ def rounded(x: np.ndarray) -> np.ndarray:
     return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
 
 
-@pytest.fixture(params=[entry.name for entry in PORTABLE])
+@pytest.fixture(params=[*(entry.name for entry in PORTABLE), *NATIVE])
 def implementation(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

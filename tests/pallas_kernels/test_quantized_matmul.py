@@ -11,7 +11,7 @@ import pytest
 from millrace.errors import KernelError
 from millrace.pallas_kernels.dispatch import KernelChoices, anywhere
 from millrace.pallas_kernels.quantized_matmul import FORMATS, TABLE, QuantizedWeight, WeightFormat, matmul
-from millrace.pallas_kernels.quantized_matmul.formats import dequantize, quantize
+from millrace.pallas_kernels.quantized_matmul.formats import dequantize, quantize, unpack_nibbles
 
 IN, OUT = 48, 24
 XLA, REFERENCE = (KernelChoices("cpu", {"quantized_matmul": name}) for name in ("xla", "reference"))
@@ -120,6 +120,40 @@ def test_zero_points_are_subtracted(kernels: KernelChoices) -> None:
     np.testing.assert_allclose(
         np.float64(matmul(x, weight, kernels=kernels)), product(x, dequantize(weight)), rtol=1e-4, atol=1e-4
     )
+
+
+# As GGUF files have them: in groups, and, which no file has, one for each channel.
+WITH_OFFSETS = [
+    WeightFormat(name="offsets", storage="uint4", group=32, offsets=True),
+    WeightFormat(name="offsets", storage="int8", group=16, scale="float16", offsets=True),
+    WeightFormat(name="offsets", storage="int8", offsets=True),
+]
+
+
+def with_offsets(format: WeightFormat, *lead: int) -> QuantizedWeight:
+    """A random weight [*lead, 16, 64] of a format that nothing is rounded to."""
+    random = np.random.default_rng(7)
+    shape = (*lead, *format.scales_shape(16, 64))
+    bits = random.integers(0, 256, (*lead, *format.values_shape(16, 64)), np.uint8)
+    scales, offsets = (jnp.asarray(random.normal(size=shape) / 8, format.scales_dtype) for _ in range(2))
+    return QuantizedWeight(
+        values=jnp.asarray(bits.view(format.values_dtype)), scales=scales, offsets=offsets, format=format
+    )
+
+
+@pytest.mark.parametrize("format", WITH_OFFSETS, ids=lambda format: f"{format.storage}-{format.group}")
+def test_offsets_are_added_after_the_scales(kernels: KernelChoices, format: WeightFormat) -> None:
+    x, weight = draw(3, 64), with_offsets(format)
+    codes = unpack_nibbles(np.asarray(weight.values)) - 8.0 if format.is_packed else np.asarray(weight.values)
+    scales, offsets = (np.repeat(np.float64(each), 64 // each.shape[1], 1) for each in (weight.scales, weight.offsets))
+    np.testing.assert_allclose(dequantize(weight), codes * scales + offsets, rtol=1e-5, atol=1e-5)
+    y = jax.jit(lambda x, w: matmul(x, w, kernels=kernels))(x, weight)
+    np.testing.assert_allclose(np.float64(y), np.float64(x) @ (codes * scales + offsets).T, rtol=1e-4, atol=1e-3)
+
+
+def test_nothing_is_rounded_to_a_format_with_offsets() -> None:
+    with pytest.raises(KernelError, match="offsets has offsets: such weights are read as they are"):
+        quantize(draw(16, 64), WITH_OFFSETS[0])
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -127,6 +127,7 @@ def problem(**fields: object) -> MatmulProblem:
         ({"format": None}, "not quantized"),
         ({"dtype": "float32"}, "must be bfloat16, not float32"),
         ({"format": FORMATS["fp8_block"]}, "scales for blocks of channels"),
+        ({"format": dataclasses.replace(INT4, offsets=True)}, "int4 has offsets"),
         ({"format": dataclasses.replace(INT4, group=1024)}, "groups of 1024 inputs do not divide"),
         ({"out_dim": 8200}, "out must be a multiple of 64 and in of 512, not 8200 and 8192"),
         ({"in_dim": 11008}, "in of 512, not 8192 and 11008"),
@@ -152,12 +153,12 @@ def test_tiles_divide_the_weights_of_models(name: str, num_rows: int) -> None:
         assert chosen.splits * tiles <= max(tiles, chosen.blocks)
 
 
-def lower(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight) -> None:
+def lower(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight, out_dtype: str = "bfloat16") -> None:
     """Make a program for an H200, which must choose the kernels of this file."""
     kernels = KernelChoices("gpu", device_kind=H200)
     device = AbstractDevice(device_kind=H200, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        run = jax.jit(lambda x, w: matmul(x, w, kernels=kernels))
+        run = jax.jit(lambda x, w: matmul(x, w, kernels=kernels, out_dtype=out_dtype))
         run.trace(x, weight).lower(lowering_platforms=("cuda",))
     assert kernels.made == (("quantized_matmul", "hopper"),)
 
@@ -165,6 +166,12 @@ def lower(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight) -> None:
 @pytest.mark.parametrize("name", ["fp8", "int4"])
 def test_problems_beside_a_hopper_choose_it(name: str) -> None:
     lower(draw(4, 512), quantize(draw(128, 512), FORMATS[name]))
+
+
+@pytest.mark.parametrize("num_rows", [128, 512, 1024])
+def test_logits_have_room_beside_the_tuned_stages(num_rows: int) -> None:
+    weight = jax.eval_shape(lambda: quantize(jnp.zeros((8192, 1024)), FORMATS["fp8"]))
+    lower(jax.ShapeDtypeStruct((num_rows, 1024), jnp.bfloat16), weight, "float32")
 
 
 def test_problems_beside_a_cpu_choose_xla() -> None:

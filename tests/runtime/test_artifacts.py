@@ -147,6 +147,7 @@ def test_a_manifest_says_what_each_program_takes(artifact: Path, deployment: Dep
         (("model", "embed_dim"), 33, "model.embed_dim: 33 in the artifact, 32 here"),
         (("compiler_flags", "xla_of_old"), "true", 'compiler_flags.xla_of_old: "true" in the artifact, null here'),
         (("processor", "features"), ["x87-of-1980"], "the artifact needs x87-of-1980"),
+        (("native_kernels",), ["mmx"], "native_kernels: the artifact's programs may call those for mmx; here"),
     ],
 )
 def test_an_artifact_made_of_something_else_is_refused(
@@ -218,6 +219,25 @@ def test_a_processor_may_have_more_than_an_artifact_needs() -> None:
     assert list(differences(has, needs)) == [
         "processor.features: the artifact needs avx512f, which this processor has not"
     ]
+
+
+@pytest.mark.parametrize(
+    "needs, has, problem",
+    [
+        (None, ["avx2"], None),
+        (None, "no compiler", None),
+        (["avx2"], ["avx512", "avx2"], None),
+        (["avx512", "avx2"], ["avx2"], "may call those for avx512; here there are those for avx2"),
+        (["avx2"], "no compiler", "may call those for avx2; here there are none: no compiler"),
+        (["avx2"], None, "may call those for avx2; here there are none"),
+    ],
+)
+def test_an_artifact_needs_the_native_kernels_that_its_programs_call(
+    needs: object, has: object, problem: str | None
+) -> None:
+    found = list(differences({"native_kernels": needs}, {"native_kernels": has}))
+    expected = [] if problem is None else [f"native_kernels: the artifact's programs {problem}"]
+    assert found == expected
 
 
 def test_the_dtype_of_a_checkpoint_is_not_the_models(deployment: Deployment) -> None:

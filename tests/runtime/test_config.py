@@ -68,7 +68,7 @@ def test_dtypes_refuse_what_is_no_known_spelling(name: str, value: object) -> No
 
 @pytest.mark.parametrize("value", ["int5", "", "INT8", 8, True, ["int8"], np.int8, math.nan])
 def test_quantization_refuses_what_is_no_format_and_lists_them(value: object) -> None:
-    with pytest.raises(ConfigError, match="quantization must be one of int8, int8_a16, fp8, .*nvfp4, got"):
+    with pytest.raises(ConfigError, match="quantization must be one of int8, int8_a16, fp8, .*nvfp4, none, got"):
         RuntimeConfig(quantization=value)  # type: ignore[arg-type]
 
 

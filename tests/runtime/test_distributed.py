@@ -16,7 +16,14 @@ from millrace.runtime.supervisor import free_port
 SCRIPT = Path(__file__).with_name("group_process.py")
 LEAVE_S = 30  # after a death
 START_S = 120  # for what comes within seconds on a machine that is not busy
-SMALL = {"num_slots": 2, "max_step_tokens": 16, "max_context_len": 64, "progress": False, "mesh": {"data": 8}}
+SMALL = {
+    "num_slots": 2,
+    "max_step_tokens": 16,
+    "max_context_len": 64,
+    "progress": False,
+    "mesh": {"data": 8},
+    "dtype": "bf16",
+}
 MEMORY = {"kv_cache_bytes": 2_000_000}
 
 Start = Callable[..., subprocess.Popen[str]]

@@ -21,6 +21,7 @@ from millrace.runtime.overrides import load_config, override, resolve
         ("mesh=data=2,tensor=4", (("data", 2), ("tensor", 4))),
         ("mesh.tensor=4", (("tensor", 4),)),
         ("mesh=none", None),
+        ("quantization=none", "none"),
         ("kernels.paged_attention=reference", (("paged_attention", "reference"),)),
     ],
 )

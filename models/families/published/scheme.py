@@ -29,7 +29,7 @@ class Scheme:
 
     `format_of` takes the names that a linear layer may have in a checkpoint, and gives None where it is not quantized.
     `spellings` takes a plain spelling of its weight, whose name ends in `suffix`, and gives those of its "weight",
-    "scales", "zeros" and "global_scale".
+    "scales", "zeros", "global_scale" and "offsets".
     """
 
     method: str
@@ -73,8 +73,8 @@ class Scheme:
 
 def parts(format: WeightFormat) -> tuple[str, ...]:
     """The parameters of a weight in this format."""
-    zeros, whole = ["zeros"] if format.zeros else [], ["global_scale"] if format.global_scale else []
-    return ("weight", "scales", *zeros, *whole)
+    optional = {"zeros": format.zeros, "global_scale": format.global_scale, "offsets": format.offsets}
+    return ("weight", "scales", *(name for name, has in optional.items() if has))
 
 
 def beside(plain: Source, *suffixes: str, **fields: Any) -> Source:

@@ -1,5 +1,8 @@
+from pathlib import Path
+
 import pytest
 
+from millrace.pallas_kernels import native
 from millrace.runtime.commands import doctor
 from millrace.runtime.config import RuntimeConfig
 
@@ -42,6 +45,28 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
     findings = list(doctor._versions(RuntimeConfig()))
     assert ("FAIL", "pip install no-such-package") in [(finding.level, finding.remedy) for finding in findings]
+
+
+def test_native_kernels_are_a_finding_with_their_instruction_sets_or_the_reason(monkeypatch):
+    (finding, *_) = doctor._native_kernels(RuntimeConfig())
+    reason = native.unavailable()
+    expected = ("ok", native.library().instruction_sets[0]) if reason is None else ("warn", reason.partition("\n")[0])
+    assert (finding.level, expected[1] in finding.detail) == (expected[0], True)
+    monkeypatch.setattr(native, "_outcome", ["the C++ compiler failed: x.h:1: error: boom\nc++ -c x.cc\nmore"])
+    (finding,) = doctor._native_kernels(RuntimeConfig())
+    assert finding.level == "warn" and "XLA computes instead" in finding.detail and "boom" in finding.detail
+    assert finding.remedy == "c++ -c x.cc"
+
+
+def test_instruction_sets_that_cannot_be_used_are_notes(monkeypatch):
+    left_out = ("amx: the operating system does not allow it",)
+    library = native.Library(
+        path=Path("cache/key/millrace.so"), compiler="c++ 12", instruction_sets=("avx2",), left_out=left_out, targets=()
+    )
+    monkeypatch.setattr(native, "_outcome", [library])
+    found, note = doctor._native_kernels(RuntimeConfig())
+    assert found.detail == "avx2; built by c++ 12 in cache/key"
+    assert (note.level, note.detail) == ("note", "without amx: the operating system does not allow it")
 
 
 def test_an_nvidia_driver_without_its_plugin_is_a_warning(monkeypatch):

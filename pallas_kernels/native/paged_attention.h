@@ -1,0 +1,93 @@
+// What every instruction set's paged attention is given: one layer's problem, and one item of its work.
+#ifndef MILLRACE_NATIVE_PAGED_ATTENTION_H_
+#define MILLRACE_NATIVE_PAGED_ATTENTION_H_
+
+#include <cstdint>
+
+namespace millrace::paged_attention {
+
+enum class Number { kFloat32, kBfloat16, kFloat16, kInt8, kFloat8 };
+
+inline constexpr int kLanes = 16;  // heads' dimensions are padded to as many in what is computed
+inline constexpr float kLog2E = 1.44269504088896340736f;
+// Finite, so that no difference of them is NaN; the exponential of kMasked - kNoScore is 0, as it must be for a row that
+// has seen no key yet.
+inline constexpr float kMasked = -1e30f;
+inline constexpr float kNoScore = -1e29f;
+
+// One layer's attention. Arrays are row-major and of the shapes that the contract gives.
+struct Problem {
+  const char* q;       // [T, N, H]
+  const char* values;  // of this layer: [P, 2, K, Z, H]
+  const float* scales;  // of this layer: [P, 2, K, Z], or null
+  const int32_t* page_tables;  // [B, pages_per_slot]
+  const float* sinks;  // [N], or null
+  char* out;           // [T, N, H]
+  Number q_number, values_number;
+  int64_t num_heads, num_kv_heads, head_dim, num_pages, page_size, pages_per_slot;
+  float scale;
+  int64_t window;  // 0: none
+  float soft_cap;  // 0: none
+
+  int64_t num_groups() const { return num_heads / num_kv_heads; }
+  int64_t padded_dim() const { return (head_dim + kLanes - 1) / kLanes * kLanes; }
+  // Scores are kept times log2(e), so that weights are powers of two.
+  float score_factor() const { return scale * kLog2E; }
+  // Where the key (0) or value (1) at a position of a slot is, counted in places: times head_dim in `values`.
+  int64_t place(int64_t slot, int64_t kv_head, int which, int64_t position) const {
+    int64_t index = position / page_size;
+    if (index >= pages_per_slot) index = pages_per_slot - 1;
+    int64_t page = page_tables[slot * pages_per_slot + index];
+    page = page < 0 ? 0 : page >= num_pages ? num_pages - 1 : page;
+    return ((page * 2 + which) * num_kv_heads + kv_head) * page_size + position % page_size;
+  }
+};
+
+// Some queries of one slot, for one KV head and the heads that share it, over a range of keys that holds all that any of
+// them sees (or, of a single query whose keys are split, a part of it).
+struct Item {
+  int64_t slot, kv_head;
+  int64_t first_row, num_queries;
+  int64_t first_position;        // of the first query
+  int64_t first_key, end_key;
+  float* partial;  // a single query's result, of the shape below; null where there are several, which end in `out`
+};
+
+// A single query's softmax under way: the sum of weights * values [G, padded_dim], the top scores [G], the sums of
+// weights [G]; weights are 2^(score - top), and no sink is among them.
+inline int64_t partial_size(const Problem& p) { return p.num_groups() * (p.padded_dim() + 2); }
+
+inline constexpr int64_t kTileRows = 256;  // rows of a prefill item, of all heads that share a KV head
+inline constexpr int64_t kBlockKeys = 64;  // keys that are widened at once
+inline constexpr int64_t kRowGroup = 32;   // the most rows that an instruction set computes at once
+
+inline int64_t tile_queries(const Problem& p) {
+  return p.num_groups() < kTileRows ? kTileRows / p.num_groups() : 1;
+}
+
+// Floats of scratch memory that an item needs under any instruction set, 64-byte aligned.
+inline int64_t scratch_size(const Problem& p) {
+  const int64_t rows = (tile_queries(p) * p.num_groups() + kRowGroup - 1) / kRowGroup * kRowGroup;
+  const int64_t of_rows = rows * (2 * p.padded_dim() + 4);
+  const int64_t of_keys = kBlockKeys * (2 * p.padded_dim() + 2 + kRowGroup);
+  const int64_t of_one = p.num_groups() * (p.padded_dim() + kBlockKeys + kLanes);
+  return of_rows + of_keys + of_one + kLanes * p.padded_dim() + 1024;
+}
+
+// An instruction set's functions: an item, and the output row of a single query whose parts follow each other from
+// item.partial on.
+using Attend = void(const Problem&, const Item&, float* scratch);
+using Finish = void(const Problem&, const Item&, int64_t num_parts);
+
+struct Path {
+  Attend* attend;
+  Finish* finish;
+};
+
+// Those that the compiler does not know (MILLRACE_HAS_...) do not exist.
+Attend attend_avx2, attend_avx512, attend_avx512_bf16, attend_amx;
+Finish finish_avx2, finish_avx512;
+
+}  // namespace millrace::paged_attention
+
+#endif  // MILLRACE_NATIVE_PAGED_ATTENTION_H_

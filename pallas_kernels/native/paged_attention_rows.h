@@ -1,0 +1,137 @@
+// What both forms of paged attention share: rows of the cache, of the queries and of the output as float32, and the
+// softmax's functions. V is a vector of vector_*.h.
+//
+// Everything is a template over V, which is local to its file, and nothing of the standard library that is not inlined
+// for certain: so no function compiled for one instruction set can serve where another was asked for.
+#ifndef MILLRACE_NATIVE_PAGED_ATTENTION_ROWS_H_
+#define MILLRACE_NATIVE_PAGED_ATTENTION_ROWS_H_
+
+#include <cstdint>
+#include <cstring>
+
+#include "paged_attention.h"
+
+namespace millrace::paged_attention {
+namespace {
+
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+constexpr int64_t bytes_of(Number number) {
+  return number == Number::kFloat32 ? 4 : number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 1;
+}
+
+// n <= V::kWidth numbers at src, with zeros behind them; reads nothing else.
+template <class V, class Widen>
+typename V::Reg widen_some(const char* src, int64_t n, int64_t num_bytes, Widen widen) {
+  if (n == V::kWidth) return widen(src);
+  char whole[64] = {};
+  std::memcpy(whole, src, n * num_bytes);
+  return widen(whole);
+}
+
+template <class V>
+typename V::Reg widened(Number number, const char* src, int64_t n) {
+  switch (number) {
+    case Number::kFloat32: return widen_some<V>(src, n, 4, V::widen_float32);
+    case Number::kBfloat16: return widen_some<V>(src, n, 2, V::widen_bfloat16);
+    case Number::kFloat16: return widen_some<V>(src, n, 2, V::widen_float16);
+    case Number::kInt8: return widen_some<V>(src, n, 1, V::widen_int8);
+    case Number::kFloat8: return widen_some<V>(src, n, 1, V::widen_float8);
+  }
+  return V::zero();
+}
+
+template <class V>
+void narrow(Number number, typename V::Reg x, char* dst, int64_t n) {
+  char whole[64];
+  char* to = n == V::kWidth ? dst : whole;
+  if (number == Number::kFloat32) V::narrow_float32(to, x);
+  if (number == Number::kBfloat16) V::narrow_bfloat16(to, x);
+  if (number == Number::kFloat16) V::narrow_float16(to, x);
+  if (to == whole) std::memcpy(dst, whole, n * bytes_of(number));
+}
+
+// Rows [num_rows, dim] at src to [num_rows, padded_dim] at dst, zeros behind each.
+template <class V, class Widen>
+void widen_rows(const Problem& p, const char* src, int64_t num_rows, int64_t num_bytes, float* dst, Widen widen) {
+  const int64_t padded_dim = p.padded_dim();
+  for (int64_t row = 0; row < num_rows; ++row, src += p.head_dim * num_bytes, dst += padded_dim) {
+    int64_t at = 0;
+    for (; at + V::kWidth <= p.head_dim; at += V::kWidth) V::store(dst + at, widen(src + at * num_bytes));
+    for (; at < padded_dim; at += V::kWidth) {
+      const int64_t n = at < p.head_dim ? p.head_dim - at : 0;
+      V::store(dst + at, widen_some<V>(src + at * num_bytes, n, num_bytes, widen));
+    }
+  }
+}
+
+template <class V>
+void widen_rows_of(Number number, const Problem& p, const char* src, int64_t num_rows, float* dst) {
+  switch (number) {
+    case Number::kFloat32: return widen_rows<V>(p, src, num_rows, 4, dst, V::widen_float32);
+    case Number::kBfloat16: return widen_rows<V>(p, src, num_rows, 2, dst, V::widen_bfloat16);
+    case Number::kFloat16: return widen_rows<V>(p, src, num_rows, 2, dst, V::widen_float16);
+    case Number::kInt8: return widen_rows<V>(p, src, num_rows, 1, dst, V::widen_int8);
+    case Number::kFloat8: return widen_rows<V>(p, src, num_rows, 1, dst, V::widen_float8);
+  }
+}
+
+// Calls visit(place, num_places, index) for the runs of neighbouring places of the item's keys (0) or values (1)
+// first, first + 1, ..., first + count - 1.
+template <class Visit>
+void for_each_run(const Problem& p, const Item& item, int which, int64_t first, int64_t count, const Visit& visit) {
+  for (int64_t index = 0; index < count;) {
+    const int64_t position = first + index;
+    const int64_t n = least(p.page_size - position % p.page_size, count - index);
+    visit(p.place(item.slot, item.kv_head, which, position), n, index);
+    index += n;
+  }
+}
+
+// Keys or values of the item as [padded count, padded_dim], zeros behind the last: what lies there may be NaN.
+template <class V>
+void widen_keys(const Problem& p, const Item& item, int which, int64_t first, int64_t count, int64_t padded,
+                float* dst) {
+  const int64_t num_bytes = bytes_of(p.values_number), dim = p.padded_dim();
+  for_each_run(p, item, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
+    widen_rows_of<V>(p.values_number, p, p.values + place * p.head_dim * num_bytes, n, dst + index * dim);
+  });
+  std::memset(dst + count * dim, 0, (padded - count) * dim * sizeof(float));
+}
+
+// What each of the keys' scores (0), or of the values' weights (1), is multiplied by, where the cache has scales.
+template <class V>
+void gather_scales(const Problem& p, const Item& item, int which, int64_t first, int64_t count, float factor,
+                   float* dst) {
+  for_each_run(p, item, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
+    for (int64_t i = 0; i < n; ++i) dst[index + i] = p.scales[place + i] * factor;
+  });
+}
+
+// 2^x to float32's precision, by the Taylor series around the nearest whole number.
+template <class V>
+typename V::Reg exp2(typename V::Reg x) {
+  x = V::bounded(x);
+  const auto whole = V::round(x);
+  const auto f = V::sub(x, whole);
+  auto y = V::all(1.5403530393381608e-4f);
+  y = V::fma(y, f, V::all(1.3333558146428443e-3f));
+  y = V::fma(y, f, V::all(9.618129107628477e-3f));
+  y = V::fma(y, f, V::all(5.550410866482158e-2f));
+  y = V::fma(y, f, V::all(0.24022650695910072f));
+  y = V::fma(y, f, V::all(0.6931471805599453f));
+  return V::times_power(V::fma(y, f, V::all(1)), whole);
+}
+
+// cap * tanh(x / cap), where x and cap are both times log2(e).
+template <class V>
+typename V::Reg capped(typename V::Reg x, float cap) {
+  const auto power = exp2<V>(V::mul(x, V::all(2 * kLog2E / cap)));
+  const auto tanh = V::sub(V::all(1), V::div(V::all(2), V::add(power, V::all(1))));
+  return V::mul(tanh, V::all(cap));
+}
+
+}  // namespace
+}  // namespace millrace::paged_attention
+
+#endif  // MILLRACE_NATIVE_PAGED_ATTENTION_ROWS_H_

@@ -1,0 +1,182 @@
+// One query of a slot, and the G heads that share a KV head, over a range of keys.
+//
+// Schedule: 64 keys at a time, widened to float32 beside 64 values (L1). Scores are dot products along H: as many keys
+// as a register has floats, whose sums are then taken together, so that scores lie along keys. Weights times values are
+// register tiles of heads x H, with H along the lanes. The keys' bytes bound it, or a head's work where G is large.
+#ifndef MILLRACE_NATIVE_PAGED_ATTENTION_SINGLE_H_
+#define MILLRACE_NATIVE_PAGED_ATTENTION_SINGLE_H_
+
+#include "paged_attention_rows.h"
+
+namespace millrace::paged_attention {
+namespace {
+
+template <class V>
+struct Single {
+  using Reg = typename V::Reg;
+  static constexpr int kWidth = V::kWidth;
+
+  const Problem& p;
+  const Item& item;
+  const int64_t groups, dim;
+  float *mixed, *top, *total;  // the item's result
+  float *q, *keys, *scores, *decay, *factors;
+
+  Single(const Problem& problem, const Item& an_item, float* scratch)
+      : p(problem), item(an_item), groups(problem.num_groups()), dim(problem.padded_dim()) {
+    mixed = item.partial;
+    top = mixed + groups * dim;
+    total = top + groups;
+    keys = scratch;
+    q = keys + kBlockKeys * dim;
+    scores = q + groups * dim;
+    factors = scores + groups * kBlockKeys;
+    decay = factors + kBlockKeys;
+  }
+
+  void run() {
+    const int64_t first_head = item.first_row * p.num_heads + item.kv_head * groups;
+    widen_rows_of<V>(p.q_number, p, p.q + first_head * p.head_dim * bytes_of(p.q_number), groups, q);
+    std::memset(mixed, 0, groups * dim * sizeof(float));
+    for (int64_t g = 0; g < groups; ++g) top[g] = kNoScore, total[g] = 0;
+    for (int64_t first = item.first_key; first < item.end_key; first += kBlockKeys) {
+      const int64_t count = least(kBlockKeys, item.end_key - first), padded = round_up(count, kWidth);
+      widen_keys<V>(p, item, 0, first, count, padded, keys);
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t at = 0; at < padded; at += kWidth) score_keys(g, at);
+      }
+      scale_scores(first, count, padded);
+      for (int64_t g = 0; g < groups; ++g) weigh(g, padded);
+      if (p.scales != nullptr) scale_weights(first, count);
+      widen_keys<V>(p, item, 1, first, count, count, keys);
+      mix(count);
+    }
+  }
+
+  // Raw products of a head with as many keys as a register has floats.
+  void score_keys(int64_t g, int64_t at) {
+    Reg sums[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) sums[i] = V::zero();
+    const float* key = keys + at * dim;
+    for (int64_t d = 0; d < dim; d += kWidth) {
+      const Reg x = V::load(q + g * dim + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < kWidth; ++i) sums[i] = V::fma(x, V::load(key + i * dim + d), sums[i]);
+    }
+    V::store(scores + g * kBlockKeys + at, V::sums_of(sums));
+  }
+
+  void scale_scores(int64_t first, int64_t count, int64_t padded) {
+    for (int64_t i = 0; i < padded; ++i) factors[i] = p.score_factor();
+    if (p.scales != nullptr) gather_scales<V>(p, item, 0, first, count, p.score_factor(), factors);
+    for (int64_t g = 0; g < groups; ++g) {
+      float* score = scores + g * kBlockKeys;
+      for (int64_t i = 0; i < padded; i += kWidth) {
+        Reg x = V::mul(V::load(score + i), V::load(factors + i));
+        if (p.soft_cap != 0) x = capped<V>(x, p.soft_cap * kLog2E);
+        V::store(score + i, x);
+      }
+      for (int64_t i = count; i < padded; ++i) score[i] = kMasked;
+    }
+  }
+
+  // A head's scores become weights.
+  void weigh(int64_t g, int64_t padded) {
+    float* score = scores + g * kBlockKeys;
+    Reg best = V::all(top[g]), sum = V::zero();
+    for (int64_t i = 0; i < padded; i += kWidth) best = V::max(best, V::load(score + i));
+    const float new_top = V::max_of(best);
+    for (int64_t i = 0; i < padded; i += kWidth) {
+      const Reg weight = exp2<V>(V::sub(V::load(score + i), V::all(new_top)));
+      sum = V::add(sum, weight);
+      V::store(score + i, weight);
+    }
+    float factor[kWidth];
+    V::store(factor, exp2<V>(V::all(top[g] - new_top)));
+    decay[g] = factor[0];
+    top[g] = new_top;
+    total[g] = total[g] * decay[g] + V::sum_of(sum);
+  }
+
+  void scale_weights(int64_t first, int64_t count) {
+    gather_scales<V>(p, item, 1, first, count, 1, factors);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t i = 0; i < count; ++i) scores[g * kBlockKeys + i] *= factors[i];
+    }
+  }
+
+  void mix(int64_t count) {
+    constexpr int kHeads = V::kMixHeads, kRegs = 4;
+    int64_t d = 0;
+    for (; d + kRegs * kWidth <= dim; d += kRegs * kWidth) {
+      int64_t g = 0;
+      for (; g + kHeads <= groups; g += kHeads) mix_tile<kHeads, kRegs>(g, d, count);
+      for (; g < groups; ++g) mix_tile<1, kRegs>(g, d, count);
+    }
+    for (; d < dim; d += kWidth) {
+      int64_t g = 0;
+      for (; g + kHeads <= groups; g += kHeads) mix_tile<kHeads, 1>(g, d, count);
+      for (; g < groups; ++g) mix_tile<1, 1>(g, d, count);
+    }
+  }
+
+  template <int kHeads, int kRegs>
+  void mix_tile(int64_t g, int64_t d, int64_t count) {
+    Reg sums[kHeads][kRegs];
+#pragma GCC unroll 8
+    for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegs; ++r) {
+        sums[h][r] = V::mul(V::load(mixed + (g + h) * dim + d + r * kWidth), V::all(decay[g + h]));
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+#pragma GCC unroll 8
+      for (int h = 0; h < kHeads; ++h) {
+        const Reg weight = V::all(scores[(g + h) * kBlockKeys + i]);
+#pragma GCC unroll 8
+        for (int r = 0; r < kRegs; ++r) {
+          sums[h][r] = V::fma(weight, V::load(keys + i * dim + d + r * kWidth), sums[h][r]);
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegs; ++r) V::store(mixed + (g + h) * dim + d + r * kWidth, sums[h][r]);
+    }
+  }
+};
+
+// The output row of a single query from the parts of its keys, in their order, and from its sinks.
+template <class V>
+void add_parts(const Problem& p, const Item& item, int64_t num_parts) {
+  using Reg = typename V::Reg;
+  const int64_t groups = p.num_groups(), dim = p.padded_dim(), size = partial_size(p);
+  for (int64_t g = 0; g < groups; ++g) {
+    const float* first = item.partial + groups * dim + g;  // the first part's top score, and behind it its total
+    const int64_t head = item.kv_head * groups + g;
+    Reg top = V::all(p.sinks == nullptr ? kNoScore : p.sinks[head] * kLog2E);
+    for (int64_t part = 0; part < num_parts; ++part) top = V::max(top, V::all(first[part * size]));
+    Reg total = p.sinks == nullptr ? V::zero() : exp2<V>(V::sub(V::all(p.sinks[head] * kLog2E), top));
+    for (int64_t part = 0; part < num_parts; ++part) {
+      const Reg factor = exp2<V>(V::sub(V::all(first[part * size]), top));
+      total = V::fma(V::all(first[part * size + groups]), factor, total);
+    }
+    for (int64_t d = 0; d < p.head_dim; d += V::kWidth) {
+      Reg sum = V::zero();
+      for (int64_t part = 0; part < num_parts; ++part) {
+        const Reg factor = exp2<V>(V::sub(V::all(first[part * size]), top));
+        sum = V::fma(V::load(item.partial + part * size + g * dim + d), factor, sum);
+      }
+      char* to = p.out + ((item.first_row * p.num_heads + head) * p.head_dim + d) * bytes_of(p.q_number);
+      narrow<V>(p.q_number, V::div_or_zero(sum, total), to, least(V::kWidth, p.head_dim - d));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace millrace::paged_attention
+
+#endif  // MILLRACE_NATIVE_PAGED_ATTENTION_SINGLE_H_
