@@ -96,7 +96,9 @@ class Context:
 class Peer:
     """One GGUF file."""
 
-    def open(self, *, path: str, num_slots: int, max_prompt_len: int, slot_len: int, num_threads: int) -> dict[str, Any]:
+    def open(
+        self, *, path: str, num_slots: int, max_prompt_len: int, slot_len: int, num_threads: int
+    ) -> dict[str, Any]:
         """Load it; one cache holds one long prompt, another `num_slots` sequences of `slot_len` tokens."""
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
@@ -105,9 +107,7 @@ class Peer:
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
         make = partial(Context, model, num_threads=num_threads)
         self._prompts = {name: make(num_slots=1, slot_len=max_prompt_len, flash=flash) for name, flash in FLASH.items()}
-        self._slots = {
-            name: make(num_slots=num_slots, slot_len=slot_len, flash=flash) for name, flash in FLASH.items()
-        }
+        self._slots = {name: make(num_slots=num_slots, slot_len=slot_len, flash=flash) for name, flash in FLASH.items()}
         self._fastest = FastestSettings()
         features = llama_cpp.llama_print_system_info().decode().strip()
         return {"versions": f"llama-cpp-python {llama_cpp.__version__}", "features": features}

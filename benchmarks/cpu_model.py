@@ -10,9 +10,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from processes import Process
+from processes import Process, ProcessEnded
 from safetensors.numpy import load_file
-from weights_model import FULL, QUICK, Files, Size, make_model, write_gguf
+from weights_model import FULL, Files, Size, make_model, write_gguf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class Model:
     """A model's files and how long its prompts may be."""
 
     name: str
+    size: Size
     files: Files
-    vocab_size: int
     prefill_lens: tuple[int, ...]
 
     def gguf(self, format: str) -> Path:
@@ -33,18 +33,22 @@ class Model:
         """CTranslate2's folder."""
         return self.files.folder / "ctranslate2"
 
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of a token in 16 bits, in all layers."""
+        return 2 * 2 * self.size.num_layers * self.size.num_kv_heads * self.size.head_dim
 
-def make_large(folder: Path, *, is_quick: bool) -> Model:
-    """Random weights: of 1.1B, or fewer that prove nothing."""
-    size = QUICK if is_quick else FULL
-    model = Model(
-        name="1.1B" if not is_quick else "small random",
-        files=Files(folder / ("cpu_small" if is_quick else "cpu")),
-        vocab_size=size.vocab_size,
-        prefill_lens=(128, 1024),
-    )
-    make_model(size, model.files)
-    write_tokenizer(model.files.checkpoint, size.vocab_size)
+    @property
+    def table_bytes(self) -> int:
+        """The embedding in 16 bits, of which a step reads a row for each token; none where the head reads it all."""
+        return 0 if self.name == "embedded" else 2 * self.size.vocab_size * self.size.embed_dim
+
+
+def make_large(folder: Path) -> Model:
+    """1.1B random weights."""
+    model = Model(name="1.1B", size=FULL, files=Files(folder / "cpu"), prefill_lens=(128, 1024))
+    make_model(model.size, model.files)
+    write_tokenizer(model.files.checkpoint, model.size.vocab_size)
     return model
 
 
@@ -54,7 +58,7 @@ def make_embedded(folder: Path) -> Model:
     if not files.checkpoint.is_dir():
         files.folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "millrace.runtime.launch", "export", "embedded", str(files.checkpoint)]
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     config = json.loads((files.checkpoint / "config.json").read_text())
     size = Size(
         embed_dim=config["hidden_size"], mlp_dim=config["intermediate_size"], num_layers=config["num_hidden_layers"],
@@ -64,7 +68,7 @@ def make_embedded(folder: Path) -> Model:
     )  # fmt: skip
     if not files.gguf.exists():
         write_gguf(size, load_file(files.weights), files.gguf)
-    return Model(name="embedded", files=files, vocab_size=size.vocab_size, prefill_lens=(128, 1000))
+    return Model(name="embedded", size=size, files=files, prefill_lens=(128, 1000))
 
 
 def write_tokenizer(checkpoint: Path, vocab_size: int) -> None:
@@ -89,11 +93,7 @@ def write_tokenizer(checkpoint: Path, vocab_size: int) -> None:
 
 
 def make_peer_files(model: Model, llama_python: str, torch_python: str) -> None:
-    """Quantized GGUF files and CTranslate2's folder, by their own tools.
-
-    Raises:
-      ProcessEnded: one of them could not.
-    """
+    """Quantized GGUF files and CTranslate2's folder, by their own tools; who has none is told and left out later."""
     for format in ("q8_0", "q4_0"):
         _make(model.gguf(format), "cpu_llama_cpp.py", llama_python, "quantize", source=model.files.gguf, format=format)
     _make(model.ctranslate2, "cpu_ctranslate2.py", torch_python, "convert", source=model.files.checkpoint)
@@ -104,6 +104,10 @@ def _make(path: Path, script: str, python: str, measure: str, *, source: Path, *
         return
     print(f"Writing {path}", file=sys.stderr, flush=True)
     partial = path.with_name(f"partial-{path.name}")
-    with Process(script, python=python) as process:
-        process.ask(measure, source=str(source), destination=str(partial), **options)
-    partial.replace(path)
+    try:
+        with Process(script, python=python) as process:
+            process.ask(measure, source=str(source), destination=str(partial), **options)
+    except ProcessEnded as reason:
+        print(f"it could not be written: {reason}", file=sys.stderr, flush=True)
+    else:
+        partial.replace(path)

@@ -169,7 +169,7 @@ def write_gguf(size: Size, tensors: dict[str, np.ndarray], path: Path) -> None:
 
 
 def interleave_rotated(weight: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of each head as llama.cpp wants them: the two that rope turns together side by side, not half a head apart."""
+    """Rows of each head as llama.cpp wants them: what rope turns together side by side, not half a head apart."""
     halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
