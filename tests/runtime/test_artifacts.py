@@ -25,8 +25,8 @@ from millrace.runtime.model_source import open_model_config
 from millrace.sharding.mesh import make_mesh
 
 SMALL: dict[str, Any] = {
-    "dtype": "float32", "num_slots": 2, "page_size": 8, "max_step_tokens": 8, "max_context_len": 48,
-    "kv_cache_bytes": 2**18, "progress": False,
+    "dtype": "float32", "quantization": "none", "num_slots": 2, "page_size": 8, "max_step_tokens": 8,
+    "max_context_len": 48, "kv_cache_bytes": 2**18, "progress": False,
 }  # fmt: skip
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 10, 11]]
 PARAMS: dict[str, Any] = {"max_tokens": 6, "temperature": 0.8, "seed": 7, "ignore_eos": True}
