@@ -164,12 +164,13 @@ def bound(cost: Cost, target: Target, dtype: str) -> Bound:
 def product_flops(format: WeightFormat, target: Target, dtype: str) -> float:
     """FLOP per second of products with weights of a format and activations of dtype, as the kernels compute them.
 
-    Quantized activations multiply at the rate of what they are stored in. Those of their own dtype do so too beside
-    block-scaled weights, on a chip that multiplies these, but as a sum of terms; a dequantized weight may be faster.
+    Quantized activations multiply at the rate of what they are stored in, though not beside weights of 4 bits. Those of
+    their own dtype do so too beside block-scaled weights, on a chip that multiplies these, but as a sum of terms; a
+    dequantized weight may be faster.
     """
     plain = target.flops[dtype]
     quantized = {"float8_e4m3fn": "float8", "int8": "int8"}.get(format.activations)
-    if quantized:
+    if quantized and not format.is_packed:
         return target.flops.get(quantized, plain)
     num_terms = num_terms_of(format)
     if num_terms is None or "float4" not in target.flops:

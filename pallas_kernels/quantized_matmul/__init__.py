@@ -47,6 +47,7 @@ def matmul(
         in_dim=in_dim,
         out_dim=out_dim,
         dtype=x.dtype.name,
+        weight_dtype=None if isinstance(whole, QuantizedWeight) or whole.dtype == x.dtype else whole.dtype.name,
         device_kind=kernels.device_kind,
         is_partitioned=is_partitioned,
     )

@@ -168,5 +168,6 @@ class MatmulProblem:
     in_dim: int
     out_dim: int
     dtype: str  # of the activations
+    weight_dtype: str | None = None  # of a plain weight, where it is not that of the activations
     device_kind: str = ""  # what jax calls the devices
     is_partitioned: bool = False  # whether XLA splits the matmul over several devices, its operands being whole here

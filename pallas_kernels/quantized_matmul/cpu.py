@@ -46,7 +46,8 @@ def matmul(
 def _misfit(problem: MatmulProblem) -> str | None:
     format = problem.format
     if format is None:
-        return None if problem.dtype == "bfloat16" else f"plain weights of {problem.dtype} are left to XLA"
+        dtype = problem.weight_dtype or problem.dtype
+        return None if dtype == problem.dtype == "bfloat16" else f"plain weights of {dtype} are left to XLA"
     if format.storage not in ("int8", "uint4") or format.activations not in ("own", "int8"):
         return f"{format.name} is made for other chips"
     if format.block_rows > 1 or format.global_scale or format.scale not in ("float32", "bfloat16", "float16"):

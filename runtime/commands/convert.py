@@ -1,8 +1,9 @@
 """`millrace convert SRC DST`: write a Hugging Face checkpoint, or a store in another dtype, as a store.
 
---quantization makes plain weights int8, fp8, int4, nvfp4, mxfp4, mxfp8 or fp8_block; without it they stay as they are,
-quantized ones included. Embeddings, norms and routers stay plain, a head of its own gets 8 bits. With --calibrate they
-are rounded to what the model computes of a text, which costs a forward over it and keeps more of the model's quality.
+--quantization makes plain weights int8, fp8, int4, int4_a8, nvfp4, mxfp4, mxfp8 or fp8_block; without it they stay
+as they are, quantized ones included. Embeddings, norms and routers stay plain, a head of its own gets 8 bits. With
+--calibrate they are rounded to what the model computes of a text, which costs a forward over it and keeps more of the
+model's quality.
 
 SRC is a folder, a .gguf file, a store or org/name on the hub; DST a new or empty folder, or a URL such as
 gs://bucket/model. The store is there once its manifest is, which is written last. An interrupted conversion goes on
@@ -32,7 +33,9 @@ GROUPS = (
                 "quantization", "text", f"what plain weights are made: {', '.join(get_args(Quantization))}; or none"
             ),
             Option(
-                "group_size", "integer", "inputs that share a scale: 32, 64 or 128, in int4 (64) and fp8_block (128)"
+                "group_size",
+                "integer",
+                "inputs that share a scale: 32, 64 or 128, in int4, int4_a8 (64) and fp8_block (128)",
             ),
             Option("calibrate", "text", "a file of text that quantized weights are fitted to; 4,096 tokens at least"),
             Option("progress", "switch", "a progress bar on stderr", True),

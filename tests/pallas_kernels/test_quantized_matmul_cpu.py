@@ -273,6 +273,8 @@ def test_an_instruction_set_that_the_cpu_has_not_is_an_error() -> None:
         ({"is_partitioned": True}, "XLA splits this matmul over devices"),
         ({"dtype": "float32"}, "plain weights of float32 are left to XLA"),
         ({"dtype": "float16"}, "plain weights of float16 are left to XLA"),
+        ({"weight_dtype": "float32"}, "plain weights of float32 are left to XLA"),
+        ({"dtype": "float32", "weight_dtype": "bfloat16"}, "plain weights of bfloat16 are left to XLA"),
         *(({"format": FORMATS[name]}, f"{name} is made for other chips") for name in ("fp8", "fp8_a16", "fp8_block")),
         *(({"format": FORMATS[name]}, f"{name} is made for other chips") for name in ("mxfp4", "mxfp8", "nvfp4")),
         ({"format": dataclasses.replace(FORMATS["int8"], block_rows=2)}, "int8 has scales that these kernels"),
@@ -298,10 +300,13 @@ def test_without_bfloat16_products_plain_weights_are_left_to_xla(monkeypatch: py
 
 
 @needs_library
-def test_a_matmul_that_xla_splits_is_left_to_it() -> None:
+def test_a_matmul_that_xla_splits_or_that_has_two_dtypes_is_left_to_it() -> None:
     kernels = KernelChoices("cpu")
     x, weight = draw(4, 640, dtype="bfloat16"), weight_of(FORMATS["int8"], 64, 640)
     jax.jit(lambda x, w: matmul(x, w, kernels=kernels, is_partitioned=True)).lower(x, weight)
+    assert kernels.made == (("quantized_matmul", "xla"),)
+    # XLA multiplies numbers of two dtypes, the kernels do not.
+    jax.jit(lambda x, w: matmul(x, w, kernels=kernels)).lower(x, draw(64, 640))
     assert kernels.made == (("quantized_matmul", "xla"),)
     jax.jit(lambda x, w: matmul(x, w, kernels=kernels)).lower(x, weight)
     assert ("quantized_matmul", "cpu") in kernels.made

@@ -86,6 +86,7 @@ def test_the_longest_term_binds(term: str) -> None:
         ("gb300", "fp8", "float8", 1),
         ("gb300", "fp8_a16", "bfloat16", 1),
         ("gb300", "int4", "bfloat16", 1),
+        ("h200", "int4_a8", "bfloat16", 1),
         ("gb300", "mxfp4", "bfloat16", 1),  # no kernel multiplies it as it is
         ("gb300", "mxfp8", "float8", 2),
         ("gb300", "nvfp4", "float4", 3),
