@@ -175,10 +175,11 @@ def test_logits_have_room_beside_the_tuned_stages(num_rows: int) -> None:
     lower(jax.ShapeDtypeStruct((num_rows, 1024), jnp.bfloat16), weight, "float32")
 
 
-def test_problems_beside_a_cpu_choose_xla() -> None:
+def test_problems_beside_a_cpu_are_left_to_what_serves_there() -> None:
     kernels = KernelChoices("cpu", device_kind="cpu")
     matmul(draw(4, 512), quantize(draw(128, 512), INT4), kernels=kernels)
-    assert kernels.made == (("quantized_matmul", "xla"),)
+    ((_, chosen),) = kernels.made
+    assert chosen in ("cpu", "xla")
 
 
 @pytest.mark.kernels
