@@ -24,7 +24,7 @@ from typing import Any
 
 from cpu_cells import OURS, Cell, Entrant, parse_cells, parse_entrants
 from cpu_model import Model, make_embedded, make_large, make_peer_files
-from cpu_report import Findings, plot, show_findings
+from cpu_report import Findings, markdown, plot, show_findings
 from cpu_start import measure_starts
 from machine_limits import MachineLimits
 from processes import Process, ProcessEnded, busy_s, cpu_s
@@ -221,6 +221,7 @@ def measure(setting: Setting, options: argparse.Namespace) -> None:
         rows = [row for findings in all_findings for row in findings.rows()]
         write("cpu", rows, all_findings[0].claims())
         plot(all_findings, "cpu")
+        print("\n" + "\n\n".join(map(markdown, all_findings)))
 
 
 def main() -> None:
