@@ -20,7 +20,8 @@ class Peer:
         import transformers
 
         torch.set_num_threads(num_threads)
-        torch.inference_mode().__enter__()
+        self._inference = torch.inference_mode()  # kept, for it ends with the object
+        self._inference.__enter__()
         load = transformers.AutoModelForCausalLM.from_pretrained
         self._model = load(path, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
         self._prompt: list[int] = []
