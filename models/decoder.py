@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.traversals import unflatten_mapping
 from jaxtyping import Array, Float, Int
 
 from ..pallas_kernels.paged_attention import KvCache
@@ -16,12 +17,13 @@ from ..sharding.specs import ParamSpec, SpecTree
 from .attention import Attention
 from .config import LayerSpec, MlpSpec, ModelConfig, Stage
 from .embedding import Embedding
-from .linear import Projection
+from .linear import InStack, Projection
 from .mlp import Mlp
 from .moe import Moe
 from .norm import RMSNorm
 from .step import Step
 
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 LAYERS_SCOPE = "layers"  # in the names that compiled programs and profiles give to what a layer does
 
 type Params = dict[str, Any]  # a nested dict of arrays: modules define, pure dicts travel
@@ -108,7 +110,10 @@ class Decoder(nnx.Module):
         """The head: final norm, projection to the vocabulary in float32, soft cap."""
         x = self.final_norm(x)
         if self.config.tie_embeddings:
-            logits = matmul(x, self.embed.weight[...], kernels=step.kernels, out_dtype=jnp.float32)
+            is_partitioned = step.placement.mesh.size > 1
+            logits = matmul(
+                x, self.embed.weight[...], kernels=step.kernels, out_dtype=jnp.float32, is_partitioned=is_partitioned
+            )
         else:
             logits = self.head.project(x, step, jnp.float32)
         cap = self.config.final_soft_cap
@@ -131,14 +136,32 @@ def _scan_stage(
     stage: Stage, stacked: Sequence[Layer], x: Float[Array, "R T D"], cache: KvCache[Array] | None, step: Step
 ) -> tuple[Float[Array, "R T D"], KvCache[Array] | None]:
     graphs, states = zip(*(nnx.split(layer) for layer in stacked), strict=True)
+    flat = [dict(nnx.to_flat_state(state)) for state in states]
+    # Gradients of a stack would be as large as the stack in every turn of the scan; only serving has a cache.
+    keeps_stacks = step.kernels.platform == "cpu" and cache is not None
+    whole = [{path: p.get_value() for path, p in each.items() if keeps_stacks and _is_weight(path)} for each in flat]
+    scanned = [
+        {path: p.get_value() for path, p in each.items() if path not in kept}
+        for each, kept in zip(flat, whole, strict=True)
+    ]
 
-    def period(carry: tuple[Array, KvCache[Array] | None], xs: tuple[list[Params], Array]) -> Any:
-        layers = [nnx.merge(graph, state) for graph, state in zip(graphs, xs[0], strict=True)]
-        return run_period(layers, *carry, xs[1], step), None
+    def period(carry: tuple[Array, KvCache[Array] | None], xs: tuple[list[Any], Array, Array]) -> Any:
+        arrays, repeat, first = xs
+        layers = []
+        for graph, kept, mine in zip(graphs, whole, arrays, strict=True):
+            params = mine | {path: InStack(stack, repeat) for path, stack in kept.items()}
+            layers.append(nnx.merge(graph, unflatten_mapping(params)))
+        return run_period(layers, *carry, first, step), None
 
-    firsts = jnp.arange(stage.num_repeats, dtype=jnp.int32) * len(stage.period) + stage.first_layer
-    (x, cache), _ = jax.lax.scan(period, (x, cache), ([nnx.to_pure_dict(s) for s in states], firsts))
+    repeats = jnp.arange(stage.num_repeats, dtype=jnp.int32)
+    firsts = repeats * len(stage.period) + stage.first_layer
+    (x, cache), _ = jax.lax.scan(period, (x, cache), (scanned, repeats, firsts))
     return x, cache
+
+
+def _is_weight(path: tuple[Any, ...]) -> bool:
+    """Whether a parameter of a layer is one of the arrays of a linear layer's weight."""
+    return path[0] in ("attention", "mlp") and len(path) == 3 and path[2] != "bias" and path[1] in PROJECTIONS
 
 
 @dataclasses.dataclass(frozen=True)

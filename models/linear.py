@@ -1,5 +1,6 @@
 """The linear layer, weights [out, in], plain or quantized."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -9,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ..pallas_kernels.quantized_matmul import QuantizedWeight, WeightFormat, matmul
+from ..pallas_kernels.quantized_matmul import LayerOf, QuantizedWeight, WeightFormat, matmul
 from ..sharding.axes import Axes, LogicalAxis
 from ..sharding.rules import RULES
 from .step import Step
@@ -18,6 +19,14 @@ from .step import Step
 def init_weight(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> Float[Array, "..."]:
     """Normal noise of variance 1 / fan-in, the last axis being the input."""
     return jax.random.normal(rngs.params(), shape, dtype) / math.sqrt(shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class InStack:
+    """In the place of a parameter's array: the stack of all layers' and the layer's number, while a program is traced."""
+
+    stack: Array
+    layer: Array
 
 
 class Projection(nnx.Module):
@@ -50,15 +59,20 @@ class Projection(nnx.Module):
             self.global_scale = nnx.Param(jnp.ones(lead, jnp.float32), axes=axes[:-2], num_experts=num_experts)
 
     @property
-    def value(self) -> Array | QuantizedWeight:
+    def value(self) -> Array | QuantizedWeight | LayerOf:
         """The weight, as the matmuls take it."""
-        weight: Array | QuantizedWeight = self._weight(lambda param: param[...])
-        return weight
+        if not isinstance(self.weight.get_value(), InStack):
+            weight: Array | QuantizedWeight = self._weight(lambda param: param[...])
+            return weight
+        stack = self._weight(lambda param: param.get_value().stack)
+        return LayerOf(stack=stack, layer=self.weight.get_value().layer)
 
     @property
     def value_axes(self) -> Any:
         """The Axes of `value`, in a tree of its form."""
-        return self._weight(lambda param: param.get_metadata("axes"))
+        if not isinstance(self.weight.get_value(), InStack):
+            return self._weight(lambda param: param.get_metadata("axes"))
+        return LayerOf(stack=self._weight(lambda param: ("layers", *param.get_metadata("axes"))), layer=())  # type: ignore[arg-type]
 
     def _weight(self, of: Any) -> Any:
         format = self.format
@@ -82,12 +96,13 @@ class Projection(nnx.Module):
         summed over tensor.
         """
         if self.format is None:
-            return matmul(x, self.value, kernels=step.kernels, out_dtype=out_dtype)
+            is_partitioned = step.placement.mesh.size > 1
+            return matmul(x, self.value, kernels=step.kernels, out_dtype=out_dtype, is_partitioned=is_partitioned)
         out_axis, in_axis = self.weight.get_metadata("axes")
         rows: Axes = ("shard", "tokens") if x.ndim == 3 else (None,) * (x.ndim - 1)
         is_split = step.placement.num_parts(in_axis) > 1
 
-        def local(x: Array, weight: QuantizedWeight) -> Array:
+        def local(x: Array, weight: QuantizedWeight | LayerOf) -> Array:
             if not is_split:
                 return matmul(x, weight, kernels=step.kernels, out_dtype=out_dtype)
             part = matmul(x, weight, kernels=step.kernels, out_dtype=jnp.float32)

@@ -23,6 +23,7 @@ class Implementation[Problem]:
     fn: Callable[..., Any]
     unsupported: Callable[[Problem], str | None]
     is_tuned: bool = False  # fn also takes `device_kind`, for the sizes that were tuned for it
+    takes_stacks: bool = False  # fn finds a layer's weight in its stack by itself
 
 
 def anywhere(problem: object) -> None:

@@ -25,6 +25,7 @@ from .executor import Executor
 from .group import Group
 from .model_source import ModelSource, open_model
 from .param_tree import flatten
+from .program_cache import kept_programs
 from .programs import Programs, compile_programs
 from .quantizing import load_quantized
 from .request import RequestLimits
@@ -153,14 +154,18 @@ def _load_and_compile(source: ModelSource, deployment: Deployment) -> tuple[Para
 
 
 def _programs(deployment: Deployment, before_each: Callable[[], None]) -> Programs:
-    """From the artifact, where one is named, else from the compiler."""
-    if deployment.config.artifact is not None:
-        return load_programs(Path(deployment.config.artifact).expanduser(), deployment, before_each=before_each)
+    """From the artifact, where one is named, else from the cache or the compiler."""
+    config = deployment.config
+    if config.artifact is not None:
+        return load_programs(Path(config.artifact).expanduser(), deployment, before_each=before_each)
+    is_kept = deployment.model.kernels.platform == "cpu" and jax.process_count() == 1
+    if is_kept and (folder := programs_folder(config.compile_cache_dir)) is not None:
+        return kept_programs(deployment, folder, show_progress=config.progress, before_each=before_each)
     return compile_programs(
         deployment.model,
         deployment.buckets,
         streams=deployment.sizes is not None,
-        show_progress=deployment.config.progress,
+        show_progress=config.progress,
         before_each=before_each,
     )
 
@@ -187,17 +192,22 @@ def _close_stream(loading: "Future[Params | StreamedParams]") -> None:
         params.stream.close()
 
 
+def programs_folder(directory: str | None) -> Path | None:
+    """Where programs are kept: what compile_cache_dir names, None where that is "", which keeps none."""
+    return None if directory == "" else Path(directory or DEFAULT_CACHE_DIR).expanduser()
+
+
 def keep_programs(directory: str | None) -> None:
     """Turn on JAX's persistent cache, for programs of any size; "" leaves it as it is."""
-    if directory == "":
+    path = programs_folder(directory)
+    if path is None:
         return
-    path = Path(directory) if directory is not None else DEFAULT_CACHE_DIR
     try:
-        path.expanduser().mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
             f'compile_cache_dir {path} cannot be made ({error}). Choose another, or "" to keep no programs.'
         ) from error
-    jax.config.update("jax_compilation_cache_dir", str(path.expanduser()))
+    jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -8,40 +8,49 @@ from jaxtyping import Array, Float
 
 from ...errors import KernelError
 from ..dispatch import Implementation, KernelChoices, anywhere
-from . import blackwell, block_scaled, hopper, reference, xla
-from .contract import FORMATS, MatmulProblem, QuantizedWeight, Weight, WeightFormat
+from . import blackwell, block_scaled, cpu, hopper, reference, xla
+from .contract import FORMATS, LayerOf, MatmulProblem, QuantizedWeight, Weight, WeightFormat, sliced
 
-__all__ = ["FORMATS", "TABLE", "MatmulProblem", "QuantizedWeight", "Weight", "WeightFormat", "matmul"]
+__all__ = ["FORMATS", "TABLE", "LayerOf", "MatmulProblem", "QuantizedWeight", "Weight", "WeightFormat", "matmul"]
 
 TABLE: tuple[Implementation[MatmulProblem], ...] = (
     Implementation("hopper", hopper.matmul, hopper.unsupported, is_tuned=True),
     Implementation("blackwell", blackwell.matmul, blackwell.unsupported, is_tuned=True),
     Implementation("block_scaled", block_scaled.matmul, block_scaled.unsupported),
+    Implementation("cpu", cpu.matmul, cpu.unsupported, takes_stacks=True),
     Implementation("xla", xla.matmul, anywhere),
     Implementation("reference", reference.matmul, anywhere),
 )
 
 
 def matmul(
-    x: Float[Array, "*rows in"], weight: Weight, *, kernels: KernelChoices, out_dtype: DTypeLike | None = None
+    x: Float[Array, "*rows in"],
+    weight: Weight | LayerOf,
+    *,
+    kernels: KernelChoices,
+    out_dtype: DTypeLike | None = None,
+    is_partitioned: bool = False,
 ) -> Float[Array, "*rows out"]:
     """x times the transposed weight, accumulated in float32, as out_dtype (x's own if None); differentiable in x
-    and in a plain weight.
+    and in a plain weight. `is_partitioned` says that its operands lie on several devices, and XLA is to split it.
 
     float32 means float32: no TF32. Raises KernelError if the shapes disagree or the implementation cannot serve.
     """
     out_dim, in_dim = weight.shape
     if x.shape[-1] != in_dim:
         raise KernelError(f"a weight [out, in] = {weight.shape} wants activations of width {in_dim}, got {x.shape}")
+    whole = weight.stack if isinstance(weight, LayerOf) else weight
     problem = MatmulProblem(
         platform=kernels.platform,
-        format=weight.format if isinstance(weight, QuantizedWeight) else None,
+        format=whole.format if isinstance(whole, QuantizedWeight) else None,
         num_rows=math.prod(x.shape[:-1]),
         in_dim=in_dim,
         out_dim=out_dim,
         dtype=x.dtype.name,
         device_kind=kernels.device_kind,
+        is_partitioned=is_partitioned,
     )
     chosen = kernels.choose("quantized_matmul", TABLE, problem)
+    weight = weight if chosen.takes_stacks else sliced(weight)
     output: jax.Array = chosen.fn(x, weight, platform=kernels.platform, out_dtype=out_dtype or x.dtype)
     return output

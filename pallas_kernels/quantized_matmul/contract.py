@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped, UInt8
+from jaxtyping import Array, Float, Int32, Shaped, UInt8
 
 from ..dispatch import Platform
 
@@ -86,6 +86,7 @@ class WeightFormat:
 
 def _formats() -> dict[str, WeightFormat]:
     int8 = WeightFormat(name="int8", storage="int8", activations="int8")
+    int4 = WeightFormat(name="int4", storage="uint4", group=64, scale="bfloat16")
     fp8 = WeightFormat(name="fp8", storage="float8_e4m3fn", activations="float8_e4m3fn")
     formats = (
         int8,
@@ -93,7 +94,8 @@ def _formats() -> dict[str, WeightFormat]:
         fp8,
         dataclasses.replace(fp8, name="fp8_a16", activations="own"),
         dataclasses.replace(fp8, name="fp8_block", group=128, block_rows=128),  # arXiv:2412.19437, 3.3
-        WeightFormat(name="int4", storage="uint4", group=64, scale="bfloat16"),
+        int4,
+        dataclasses.replace(int4, name="int4_a8", activations="int8"),
         # OCP Microscaling Formats (MX) 1.0
         WeightFormat(name="mxfp4", storage="float4_e2m1", group=32, scale="float8_e8m0fnu"),
         WeightFormat(name="mxfp8", storage="float8_e4m3fn", group=32, scale="float8_e8m0fnu"),
@@ -132,6 +134,30 @@ class QuantizedWeight:
 Weight = Float[Array, "out in"] | QuantizedWeight
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerOf:
+    """One layer's weight [out, in] in a stack [L, out, in], for kernels that find it themselves."""
+
+    stack: Weight  # every array of it with an axis of layers in front
+    layer: Int32[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.stack.shape[1:]
+
+
+def sliced(weight: Weight | LayerOf) -> Weight:
+    """The weight itself, cut out of its stack where it lies in one."""
+    if not isinstance(weight, LayerOf):
+        return weight
+    cut: Weight = jax.tree.map(
+        lambda array: jax.lax.dynamic_index_in_dim(array, weight.layer, keepdims=False), weight.stack
+    )
+    return cut
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatmulProblem:
     """What an implementation may be unable to serve, or serve worse than the next."""
@@ -143,3 +169,4 @@ class MatmulProblem:
     out_dim: int
     dtype: str  # of the activations
     device_kind: str = ""  # what jax calls the devices
+    is_partitioned: bool = False  # whether XLA splits the matmul over several devices, its operands being whole here

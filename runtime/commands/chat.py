@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import InvalidRequestError
 from ..flags import RUNTIME, SAMPLING, Group, Option, request_params
+from .small import fitted
 
 if TYPE_CHECKING:
     from ..api import Runtime
@@ -32,7 +33,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() its line editing and history
-    with open_runtime(values) as runtime:
+    with open_runtime(fitted(values, num_sequences=values["n"] or 1)) as runtime:
         params = request_params(values, runtime.default_sampling_params)
         if interactive:
             print("Ctrl-C stops a reply, /reset forgets the conversation, /exit leaves.", file=sys.stderr)

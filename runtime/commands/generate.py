@@ -18,6 +18,7 @@ from ...errors import InvalidRequestError
 from ..flags import RUNTIME, SAMPLING, Group, Option, request_params
 from .pace import Pace
 from .prompts import Prompt, read_prompts
+from .small import fitted, most_tokens
 
 if TYPE_CHECKING:
     from ..api import Runtime
@@ -42,7 +43,8 @@ GROUPS = (
 def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     """The exit code: 0, or 1 where a prompt was refused."""
     prompts = read_prompts(values)
-    with open_runtime(values) as runtime:
+    sizes = fitted(values, len(prompts) * (values["n"] or 1), most_tokens(prompts))
+    with open_runtime(sizes) as runtime:
         params = request_params(values, runtime.default_sampling_params)
         if values["format"] == "jsonl":
             return _write_jsonl(runtime, prompts, params)

@@ -235,14 +235,21 @@ def int4(made: Callable[[str], Store], open_tiny: OpenTiny) -> list[Any]:
     return answers(open_tiny(made("int4").url, **SMALL))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": {"data": 2, "tensor": 2}},
+        {"weights": "stream", "weights_memory": 1 << 17},
+        pytest.param({"weights": "host"}, marks=pytest.mark.large),
+    ],
+    ids=["mesh", "streamed", "host"],
+)
 def test_int4_on_a_mesh_and_streamed_gives_the_tokens_of_one_device(
-    int4: list[Any], made: Callable[[str], Store], open_tiny: OpenTiny
+    int4: list[Any], made: Callable[[str], Store], open_tiny: OpenTiny, options: dict[str, Any]
 ) -> None:
-    mesh = {"data": 2, "tensor": 2}
-    for options in ({"mesh": mesh}, {"weights": "stream", "weights_memory": 1 << 17}, {"weights": "host"}):
-        found = answers(open_tiny(made("int4").url, **SMALL, **options))
-        assert tokens(found) == tokens(int4), options
-        np.testing.assert_allclose(scores(found), scores(int4), atol=1e-4)
+    found = answers(open_tiny(made("int4").url, **SMALL, **options))
+    assert tokens(found) == tokens(int4)
+    np.testing.assert_allclose(scores(found), scores(int4), atol=1e-4)
 
 
 def test_int8_on_a_mesh_differs_by_the_rounding_of_activations_alone(

@@ -1,0 +1,164 @@
+// A matmul with 4-bit weights in groups, multiplied as they come apart in the registers.
+//
+// Schedule: a chunk is 64 bytes of a weight's row, 128 inputs; each 32-bit lane holds eight of them, so a lane belongs to
+// one group of 32, 64 or 128. A chunk's products are summed within lanes and then scaled, lane by lane. Activations are
+// reordered once as the chunk comes apart; with them go their sums per lane, which meet zero points and offsets, and,
+// where they are int8, the scale of each lane's group. Items are 16 rows of the weight, taken one by one so that memory is
+// read in order, with up to four rows of activations under way. Few rows are bound by reading the weight.
+#ifndef MILLRACE_NATIVE_NIBBLE_MATMUL_H_
+#define MILLRACE_NATIVE_NIBBLE_MATMUL_H_
+
+#include "dot_matmul.h"
+#include "simd_avx512.h"
+
+namespace millrace {
+namespace {
+
+inline constexpr int64_t kChunk = 128;  // inputs
+inline constexpr int64_t kLanesOfChunk = 16;
+inline constexpr int64_t kAhead = 4096;  // bytes: the hardware alone does not fetch far enough past what is computed on
+
+inline bool is_nibble_problem(const Matmul& problem) {
+  const Weight& weight = problem.weight;
+  if (weight.storage != Storage::kUint4 || problem.in_dim % kChunk) return false;
+  const int64_t group = problem.in_dim / weight.num_groups;
+  return group == 32 || group == 64 || group == 128;
+}
+
+// The group within its chunk that each lane belongs to, where a chunk has 1, 2 or 4 groups.
+inline __m512i group_of_lane(int64_t groups_of_chunk) {
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  return _mm512_srlv_epi32(lanes, _mm512_set1_epi32(groups_of_chunk == 1 ? 4 : groups_of_chunk == 2 ? 3 : 2));
+}
+
+// Prepared activations of one chunk.
+template <class Nibbles>
+struct ChunkRow {
+  alignas(64) uint8_t values[Nibbles::kRowBytes];
+  alignas(64) float sums[kLanesOfChunk];    // of the values that meet each lane
+  alignas(64) float scales[kLanesOfChunk];  // of each lane's group, 1 where values are not rounded
+};
+
+template <class Nibbles>
+void prepare_chunks(const Matmul& problem, int64_t row, ChunkRow<Nibbles>* to) {
+  thread_local Scratch scratch;
+  const int64_t width = problem.in_dim, group = width / problem.weight.num_groups;
+  auto* wide = reinterpret_cast<float*>(scratch.at_least(width * sizeof(float)));
+  widen<Avx512>(problem.x_type, problem.x + row * width * bytes_of(problem.x_type), width, wide);
+  for (int64_t chunk = 0; chunk < width / kChunk; ++chunk) {
+    ChunkRow<Nibbles>& mine = to[chunk];
+    float* part = wide + chunk * kChunk;
+    for (int64_t first = 0; first < kChunk; first += group) {
+      float scale = 1;
+      if constexpr (Nibbles::kRoundsRows) {
+        alignas(64) int8_t codes[kChunk];
+        scale = round_to_int8<Avx512>(part + first, group, codes);
+        for (int64_t i = 0; i < group; ++i) part[first + i] = codes[i];
+      }
+      for (int64_t lane = first / 8; lane < (first + group) / 8; ++lane) mine.scales[lane] = scale;
+    }
+    for (int64_t lane = 0; lane < kLanesOfChunk; ++lane) {
+      mine.sums[lane] = 0;
+      for (int i = 0; i < 8; ++i) mine.sums[lane] += part[lane * 8 + i];
+    }
+    Nibbles::place_row(part, mine.values);
+  }
+}
+
+// The scales of 16 groups of a row, from group `first` on, as far as there are groups.
+inline __m512 load_groups(const Weight& weight, const uint8_t* from, int64_t row, int64_t first) {
+  const int64_t count = std::min<int64_t>(weight.num_groups - first, 16), at = row * weight.num_groups + first;
+  const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+  if (weight.scale_type == Type::kFloat32)
+    return _mm512_maskz_loadu_ps(there, reinterpret_cast<const float*>(from) + at);
+  const __m256i halves = _mm256_maskz_loadu_epi16(there, reinterpret_cast<const uint16_t*>(from) + at);
+  if (weight.scale_type == Type::kFloat16) return _mm512_cvtph_ps(halves);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// What scales and shifts the lanes of a row's chunks: value * scale + shift * (sum of the activations).
+struct LaneScales {
+  __m512 scales, shifts;  // of 16 groups
+
+  LaneScales(const Weight& weight, int64_t row, int64_t first) {
+    scales = load_groups(weight, weight.scales, row, first);
+    __m512 zeros = _mm512_set1_ps(kUint4Offset);
+    if (weight.zeros) {
+      const int64_t count = std::min<int64_t>(weight.num_groups - first, 16);
+      const auto there = static_cast<__mmask16>((1u << count) - 1);
+      zeros = _mm512_cvtepi32_ps(
+          _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, weight.zeros + row * weight.num_groups + first)));
+    }
+    const __m512 offsets =
+        weight.offsets ? load_groups(weight, weight.offsets, row, first) : _mm512_setzero_ps();
+    shifts = _mm512_fnmadd_ps(zeros, scales, offsets);
+  }
+};
+
+// products[m * kItemRows] for kM rows of activations and one of the weight, which is read from its first byte to its last.
+template <class Nibbles, int kM>
+void nibble_dots(const Matmul& problem, int64_t weight_row, const ChunkRow<Nibbles>* x, float* products) {
+  const Weight& weight = problem.weight;
+  const int64_t num_chunks = problem.in_dim / kChunk, groups_of_chunk = weight.num_groups / num_chunks;
+  const uint8_t* values = weight.values + weight_row * weight.row_bytes;
+  const __m512i step = _mm512_set1_epi32(static_cast<int>(groups_of_chunk));
+  __m512 sums[kM];
+  for (int m = 0; m < kM; ++m) sums[m] = _mm512_setzero_ps();
+  const int64_t chunks_at_once = 16 / groups_of_chunk;  // whose groups fill a vector
+  for (int64_t begin = 0; begin < num_chunks; begin += chunks_at_once) {
+    const LaneScales by(weight, weight_row, begin * groups_of_chunk);
+    __m512i index = group_of_lane(groups_of_chunk);
+    const int64_t end = std::min(num_chunks, begin + chunks_at_once);
+    for (int64_t chunk = begin; chunk < end; ++chunk, index = _mm512_add_epi32(index, step)) {
+      const __m512 scales = _mm512_permutexvar_ps(index, by.scales);
+      const __m512 shifts = _mm512_permutexvar_ps(index, by.shifts);
+      _mm_prefetch(values + chunk * (kChunk / 2) + kAhead, _MM_HINT_T0);
+      const typename Nibbles::Chunk codes = Nibbles::load(values + chunk * (kChunk / 2));
+      for (int m = 0; m < kM; ++m) {
+        const ChunkRow<Nibbles>& row = x[m * num_chunks + chunk];
+        __m512 product = _mm512_mul_ps(shifts, _mm512_load_ps(row.sums));
+        product = _mm512_fmadd_ps(scales, Nibbles::dot(codes, row.values), product);
+        if constexpr (Nibbles::kRoundsRows) {
+          sums[m] = _mm512_fmadd_ps(product, _mm512_load_ps(row.scales), sums[m]);
+        } else {
+          sums[m] = _mm512_add_ps(sums[m], product);
+        }
+      }
+    }
+  }
+  for (int m = 0; m < kM; ++m) products[m * kItemRows] = _mm512_reduce_add_ps(sums[m]);
+}
+
+template <class Nibbles, int kM>
+void nibble_item(const Matmul& problem, int64_t first, int64_t count, const ChunkRow<Nibbles>* x, float* products) {
+  for (int64_t n = 0; n < count; ++n) nibble_dots<Nibbles, kM>(problem, first + n, x, products + n);
+}
+
+template <class Nibbles>
+void nibble_matmul(const Matmul& problem, const ForEach& for_each) {
+  thread_local Scratch scratch;
+  const int64_t num_chunks = problem.in_dim / kChunk;
+  auto* x = reinterpret_cast<ChunkRow<Nibbles>*>(
+      scratch.at_least(problem.num_rows * num_chunks * sizeof(ChunkRow<Nibbles>)));
+  prepare_rows(problem, for_each, [&](int64_t row) { prepare_chunks(problem, row, x + row * num_chunks); });
+  for_each((problem.out_dim + kItemRows - 1) / kItemRows, [&](int64_t item) {
+    const int64_t first = item * kItemRows, count = std::min(kItemRows, problem.out_dim - first);
+    float products[4 * kItemRows];
+    for (int64_t row = 0; row < problem.num_rows; row += 4) {
+      const int64_t num_rows = std::min<int64_t>(problem.num_rows - row, 4);
+      const ChunkRow<Nibbles>* mine = x + row * num_chunks;
+      if (num_rows == 4) nibble_item<Nibbles, 4>(problem, first, count, mine, products);
+      if (num_rows == 3) nibble_item<Nibbles, 3>(problem, first, count, mine, products);
+      if (num_rows == 2) nibble_item<Nibbles, 2>(problem, first, count, mine, products);
+      if (num_rows == 1) nibble_item<Nibbles, 1>(problem, first, count, mine, products);
+      for (int64_t m = 0; m < num_rows; ++m)
+        narrow<Avx512>(problem.out_type, products + m * kItemRows, count,
+                       problem.out + ((row + m) * problem.out_dim + first) * bytes_of(problem.out_type));
+    }
+  });
+}
+
+}  // namespace
+}  // namespace millrace
+
+#endif  // MILLRACE_NATIVE_NIBBLE_MATMUL_H_

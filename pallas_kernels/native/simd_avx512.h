@@ -1,0 +1,71 @@
+// Sixteen floats at a time, for the templates in rows.h, dequantize.h and dots.h.
+#ifndef MILLRACE_NATIVE_SIMD_AVX512_H_
+#define MILLRACE_NATIVE_SIMD_AVX512_H_
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace millrace {
+namespace {
+
+struct Avx512 {
+  static constexpr int kLanes = 16;
+  using Floats = __m512;
+
+  static Floats zero() { return _mm512_setzero_ps(); }
+  static Floats all(float value) { return _mm512_set1_ps(value); }
+  static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+
+  static Floats load_bfloat16(const uint8_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static Floats load_float16(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Floats load_int8(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  // The values 0..15 of eight bytes, low nibbles first.
+  static Floats load_nibbles(const uint8_t* p) {
+    const __m128i both = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), low = _mm_set1_epi8(15);
+    const __m128i codes =
+        _mm_unpacklo_epi8(_mm_and_si128(both, low), _mm_and_si128(_mm_srli_epi16(both, 4), low));
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
+  }
+
+  static void store_bfloat16(uint8_t* p, Floats x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded =
+        _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __m512i words =
+        _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
+  }
+  static void store_float16(uint8_t* p, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+  // Rounded to the nearest, ties to even; NaN and what does not fit become something in range.
+  static void store_int8(int8_t* p, Floats x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
+  }
+
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static Floats abs(Floats a) { return _mm512_abs_ps(a); }
+  // A NaN in `a` stays.
+  static Floats max_or_nan(Floats a, Floats b) {
+    return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+  }
+  static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+};
+
+}  // namespace
+}  // namespace millrace
+
+#endif  // MILLRACE_NATIVE_SIMD_AVX512_H_

@@ -1,0 +1,106 @@
+"""Matmuls on x86-64 CPUs, in C++: native/matmul*.{h,cc} and what they include, where the schedules are told.
+
+A stack of layers goes to the call whole, with the layer's number: XLA would copy a slice of it on its way to a call.
+"""
+
+from typing import Any
+
+import jax
+import jax.ffi
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from .. import native
+from ..dispatch import Platform
+from . import xla
+from .contract import LayerOf, MatmulProblem, QuantizedWeight, Weight, sliced
+
+LEAST_GROUP = 16  # inputs; groups are multiples of it, so that no vector holds parts of two
+
+
+def unsupported(problem: MatmulProblem) -> str | None:
+    """Why these kernels cannot serve a problem, or would serve it worse than XLA."""
+    if problem.platform != "cpu":
+        return f"it is made for CPUs, not for {problem.platform}"
+    if problem.is_partitioned:
+        return "XLA splits this matmul over devices, and would gather its operands for a call"
+    return _misfit(problem) or native.unavailable() or _slower(problem)
+
+
+def matmul(
+    x: jax.Array,
+    weight: Weight | LayerOf,
+    *,
+    platform: Platform,
+    out_dtype: DTypeLike,
+    instruction_set: str | None = None,
+) -> jax.Array:
+    """See the contract; `instruction_set` is the best there is unless it is named."""
+    del platform
+    rows = x.reshape(-1, x.shape[-1])
+    y = _product(rows, weight, np.dtype(out_dtype), instruction_set or native.library().instruction_sets[0])
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _misfit(problem: MatmulProblem) -> str | None:
+    format = problem.format
+    if format is None:
+        return None if problem.dtype == "bfloat16" else f"plain weights of {problem.dtype} are left to XLA"
+    if format.storage not in ("int8", "uint4") or format.activations not in ("own", "int8"):
+        return f"{format.name} is made for other chips"
+    if format.block_rows > 1 or format.global_scale or format.scale not in ("float32", "bfloat16", "float16"):
+        return f"{format.name} has scales that these kernels do not read"
+    group = format.group or problem.in_dim
+    is_by_row = format.storage == format.activations and format.group is None and not format.offsets
+    if group % LEAST_GROUP and not is_by_row:
+        return f"groups of {group} inputs are no multiple of {LEAST_GROUP}"
+    return None
+
+
+def _slower(problem: MatmulProblem) -> str | None:
+    if problem.format is None and "avx512_bf16" not in native.library().instruction_sets:
+        return "this CPU has no bfloat16 products, and XLA multiplies in float32 as well"
+    return None
+
+
+def _product(x: jax.Array, weight: Weight | LayerOf, out_dtype: np.dtype, instruction_set: str) -> jax.Array:
+    """The call, with the gradients of xla in x and in a plain weight."""
+    plain = weight if isinstance(weight, jax.Array) else None
+
+    def whole(plain: jax.Array | None) -> Weight | LayerOf:
+        return weight if plain is None else plain
+
+    @jax.custom_vjp
+    def product(x: jax.Array, plain: jax.Array | None) -> jax.Array:
+        return _call(x, whole(plain), out_dtype, instruction_set)
+
+    def forward(x: jax.Array, plain: jax.Array | None) -> tuple[jax.Array, Any]:
+        return product(x, plain), (x, plain)
+
+    def backward(saved: Any, push: jax.Array) -> Any:
+        def by_xla(x: jax.Array, plain: jax.Array | None) -> jax.Array:
+            return xla.matmul(x, sliced(whole(plain)), platform="cpu", out_dtype=out_dtype)
+
+        return jax.vjp(by_xla, *saved)[1](push)
+
+    product.defvjp(forward, backward)
+    output: jax.Array = product(x, plain)
+    return output
+
+
+def _call(x: jax.Array, weight: Weight | LayerOf, out_dtype: np.dtype, instruction_set: str) -> jax.Array:
+    """Arguments in the order of native/matmul.cc: every array of the weight a stack, one without elements if absent."""
+    if isinstance(weight, LayerOf):
+        stack, layer = weight.stack, weight.layer
+    else:
+        stack, layer = jax.tree.map(lambda array: array[None], weight), jnp.int32(0)
+    none = jnp.zeros(0, jnp.float32)
+    arrays, rounds_x = [stack, none, none, none], False
+    if isinstance(stack, QuantizedWeight):
+        parts = (stack.values, stack.scales, stack.zeros, stack.offsets)
+        arrays, rounds_x = [none if part is None else part for part in parts], stack.format.activations == "int8"
+    out = jax.ShapeDtypeStruct((x.shape[0], arrays[0].shape[1]), out_dtype)
+    call = jax.ffi.ffi_call("millrace_matmul", out, vmap_method="sequential")
+    output: jax.Array = call(x, layer, *arrays, instruction_set=instruction_set, rounds_x=rounds_x)
+    return output
