@@ -87,7 +87,7 @@ bench:
 
 # llama.cpp is built with the compiler that is here, which takes minutes; the benchmark goes on where that fails. The
 # flags: GCC before 14 leaves out most of what _tile_loadconfig reads, and then llama.cpp crashes on CPUs with AMX.
-define install_llama
+define install_llama_cpp
 $(PEERS)/bin/python -c 'import llama_cpp' 2>/dev/null || { $(BIN)/python -m venv $(PEERS) && \
 	CMAKE_ARGS='-DCMAKE_CXX_FLAGS="-fno-tree-dse -fno-dse"' \
 	$(PEERS)/bin/python -m pip install -q --no-input 'llama-cpp-python>=0.3.36'; } || echo 'llama.cpp is left out'
@@ -97,22 +97,23 @@ endef
 define install_torch_peers
 $(TORCH_PEERS)/bin/python -c 'import ctranslate2, torch, transformers' 2>/dev/null || { \
 	{ [ -x $(TORCH_PEERS)/bin/python ] || $(BIN)/python -m venv $(TORCH_PEERS); } && $(TORCH_PEERS)/bin/python -m pip \
-	install -q --no-input 'ctranslate2>=4.8' 'transformers>=5,<6' torch==2.13.0; } || echo 'CTranslate2 and transformers are left out'
+	install -q --no-input 'ctranslate2>=4.8' 'transformers>=5,<6' torch==2.13.0; } || \
+	echo 'CTranslate2 and transformers are left out'
 endef
 
 parity-gguf:
 	@.ci/venv bench
-	@$(install_llama)
+	@$(install_llama_cpp)
 	@$(BIN)/python benchmarks/gguf_parity.py --peers=$(PEERS)
 
 bench-weights:
 	@.ci/venv bench
-	@$(install_llama)
+	@$(install_llama_cpp)
 	@$(BIN)/python benchmarks/weights.py --peers=$(PEERS)
 
 bench-cpu:
 	@.ci/venv bench
-	@$(install_llama)
+	@$(install_llama_cpp)
 	@$(install_torch_peers)
 	@$(BIN)/python benchmarks/cpu_peers.py --peers=$(PEERS) --torch_peers=$(TORCH_PEERS)
 
