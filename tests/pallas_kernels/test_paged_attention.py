@@ -17,8 +17,8 @@ from millrace.pallas_kernels.paged_attention import (
     KvCache,
     PagedAttentionSpec,
     PagedBatch,
-    paged_attention,
     cpu,
+    paged_attention,
     write_kv,
 )
 
