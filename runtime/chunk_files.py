@@ -6,6 +6,7 @@ mode (0.1.86) opens files without O_DIRECT. What is read is the format's own: a 
 """
 
 import errno
+import functools
 import itertools
 import os
 import threading
@@ -50,12 +51,10 @@ class ChunkFiles:
         Raises:
           ValueError, OSError: see `read_chunk`.
         """
-        is_in_order = entry.chunk_shape[1:] == entry.shape[1:] and not entry.shape[0] % entry.chunk_shape[0]
-        if self._direct or not entry.shape or not is_in_order or not can_map(entry.chunk_bytes):
+        if self._direct or not _are_in_order(entry) or not can_map(entry.chunk_bytes):
             return None
         files = [folder / file for file, _, _ in _touched(entry, tuple(slice(0, size) for size in entry.shape))]
-        for file in files:
-            _check_size(file, os.stat(file).st_size, entry.chunk_bytes)
+        list(self._readers.map(functools.partial(_check_file, chunk_bytes=entry.chunk_bytes), files))
         whole = map_files(files, entry.chunk_bytes)
         list(self._readers.map(_check_mapped, files, whole.reshape(len(files), -1)))
         return whole.view(entry.dtype).reshape(entry.shape)
@@ -71,6 +70,14 @@ class ChunkFiles:
         whole = room[: entry.chunk_bytes]
         read_chunk(file, whole, direct=self._direct)
         target[...] = whole.view(entry.dtype).reshape(entry.chunk_shape)[inside]
+
+
+def _are_in_order(entry: ArrayEntry) -> bool:
+    """Whether the array is its chunks one behind the other: cut along one axis, and in single steps along those before."""
+    cut = [axis for axis, step in enumerate(entry.chunk_shape) if step > 1]
+    first = cut[0] if cut else len(entry.shape) - 1
+    is_rest_whole = entry.chunk_shape[first + 1 :] == entry.shape[first + 1 :]
+    return bool(entry.shape) and is_rest_whole and not entry.shape[first] % entry.chunk_shape[first]
 
 
 def _touched(entry: ArrayEntry, region: Region) -> Iterator[tuple[str, Region, Region]]:
@@ -104,6 +111,15 @@ def read_chunk(file: Path, out: np.ndarray, *, direct: bool) -> None:
     finally:
         os.close(fd)
     _check_crc(file, crc, stored)
+
+
+def _check_file(file: Path, chunk_bytes: int) -> None:
+    """Raise ValueError unless the file holds a chunk: memory behind the end of a shorter one has no bytes."""
+    fd = _open(file, direct=False)
+    try:
+        _check_size(file, os.fstat(fd).st_size, chunk_bytes)
+    finally:
+        os.close(fd)
 
 
 def _check_mapped(file: Path, chunk: np.ndarray) -> None:
