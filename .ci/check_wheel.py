@@ -32,15 +32,15 @@ def main() -> None:
 
 
 def expected() -> set[str]:
-    """Every module of every package, the CPU kernels' C++, and the embedded model's files."""
+    """Every module of every package, and the data that setup.cfg names: C++, tuned sizes, the embedded model."""
     settings = ConfigParser()
     settings.read(ROOT / "setup.cfg")
-    paths = {ROOT / "py.typed", *ROOT.glob("models/embedded/*.md")}
+    paths: set[Path] = set()
     for package in settings["options"]["packages"].split():
         paths |= set(ROOT.joinpath(*package.split(".")[1:]).glob("*.py"))
-    paths |= {path for path in ROOT.glob("models/embedded/store/**/*") if path.is_file()}
-    for pattern in ("**/*.json", "native/*.cc", "native/*.h"):
-        paths |= {path for path in ROOT.joinpath("pallas_kernels").glob(pattern) if path.is_file()}
+    for package, patterns in settings["options.package_data"].items():
+        folder = ROOT.joinpath(*package.split(".")[1:])
+        paths |= {path for pattern in patterns.split() for path in folder.glob(pattern) if path.is_file()}
     return {f"millrace/{path.relative_to(ROOT).as_posix()}" for path in paths}
 
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 FOLDER = Path(__file__).parent
 PATIENCE_S = 240.0  # for one answer
 
-type Measures = Mapping[str, Callable[..., Mapping[str, Any]]]
+Measures = Mapping[str, Callable[..., Mapping[str, Any]]]  # no `type`: a peer's Python may be 3.11
 
 
 class ProcessEnded(Exception):
@@ -33,9 +33,12 @@ class Process:
       ProcessEnded: there is no such Python.
     """
 
-    def __init__(self, script: str, *, python: str = sys.executable, prefix: Sequence[str] = ()) -> None:
+    def __init__(
+        self, script: str, *, python: str = sys.executable, prefix: Sequence[str] = (), patience_s: float = PATIENCE_S
+    ) -> None:
         if not Path(python).exists():
             raise ProcessEnded(f"could not start: there is no {python}")
+        self._patience_s = patience_s
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             [*prefix, python, str(FOLDER / script)],
@@ -44,6 +47,11 @@ class Process:
             stderr=self._errors,
             text=True,
         )
+
+    @property
+    def pid(self) -> int:
+        """Of the process itself."""
+        return self._process.pid
 
     def __enter__(self) -> Self:
         return self
@@ -58,10 +66,10 @@ class Process:
         """The answer to one question.
 
         Raises:
-          ProcessEnded: there is none, or none within PATIENCE_S.
+          ProcessEnded: there is none, or none within its patience.
         """
         assert self._process.stdin and self._process.stdout
-        impatience = threading.Timer(PATIENCE_S, self._process.kill)
+        impatience = threading.Timer(self._patience_s, self._process.kill)
         impatience.start()
         try:
             self._process.stdin.write(json.dumps({"measure": measure, **arguments}) + "\n")
@@ -110,6 +118,18 @@ def memory() -> dict[str, int]:
 def disk_bytes() -> int:
     """Bytes that this process has had read from a disk so far."""
     return int(re.findall(r"^read_bytes: (\d+)$", Path("/proc/self/io").read_text(), re.M)[0])
+
+
+def cpu_s(pid: int) -> float:
+    """Processor seconds that a process has taken so far, over all cores."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_s() -> float:
+    """Processor seconds that all processes of the machine have taken so far."""
+    user, nice, system, _, _, interrupt, soft, *_ = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:])
+    return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager

@@ -39,12 +39,16 @@ def show(name: str, rows: Sequence[Mapping[str, Any]], claims: Mapping[str, bool
     """Print them; rows may lack keys of the first."""
     print(f"{name} on {', '.join(describe_machine().values())}\n")
     texts = [list(rows[0]), *([_text(row.get(key, "-")) for key in rows[0]] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for line in texts:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+    print(table(texts))
     print()
     for claim, holds in claims.items():
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of equally many cells under each other, right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
 
 def describe_machine() -> dict[str, str]:

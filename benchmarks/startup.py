@@ -12,16 +12,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 
 from report import report
 
 LIMITS_S = {"cold": 20.0, "warm": 4.0}
 
 
-def first_byte_s(*flags: str) -> float:
-    """Seconds until a new process, `millrace generate` with these flags, writes its first byte of text."""
-    command = [sys.executable, "-m", "millrace.runtime.launch", "generate", "--max_tokens=32", *flags]
-    command += ["--prompt=def fibonacci(n):", "--temperature=0"]
+def generate_command(*flags: str) -> list[str]:
+    """`millrace generate` with these flags."""
+    return [sys.executable, "-m", "millrace.runtime.launch", "generate", "--temperature=0", *flags]
+
+
+def first_byte_s(command: Sequence[str]) -> float:
+    """Seconds until a new process writes its first byte of text."""
     started_s = time.perf_counter()
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
@@ -29,7 +33,7 @@ def first_byte_s(*flags: str) -> float:
         elapsed_s = time.perf_counter() - started_s
         _, errors = process.communicate()
     if not byte or process.returncode:
-        raise SystemExit(f"the launcher failed: {errors.decode().strip()}")
+        raise SystemExit(f"{command[-1]} failed: {errors.decode().strip()[-500:]}")
     return elapsed_s
 
 

@@ -27,7 +27,6 @@ GGUF_NAMES = (
     (r"model\.layers\.(\d+)\.input_layernorm", r"blk.\1.attn_norm"),
     (r"model\.layers\.(\d+)\.post_attention_layernorm", r"blk.\1.ffn_norm"),
 )
-CONTEXT_LEN = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +39,8 @@ class Size:
     num_heads: int
     num_kv_heads: int
     vocab_size: int
+    norm_eps: float = 1e-5
+    context_len: int = 2048
 
     @property
     def head_dim(self) -> int:
@@ -67,8 +68,8 @@ class Size:
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16",
             "hidden_size": self.embed_dim, "intermediate_size": self.mlp_dim, "vocab_size": self.vocab_size,
             "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads, "max_position_embeddings": CONTEXT_LEN,
-            "rms_norm_eps": 1e-5, "rope_theta": 10_000.0, "tie_word_embeddings": False,
+            "num_key_value_heads": self.num_kv_heads, "max_position_embeddings": self.context_len,
+            "rms_norm_eps": self.norm_eps, "rope_theta": 10_000.0, "tie_word_embeddings": False,
             "bos_token_id": 1, "eos_token_id": 2,
         }  # fmt: skip
 
@@ -145,7 +146,7 @@ def write_gguf(size: Size, tensors: dict[str, np.ndarray], path: Path) -> None:
     writer = GGUFWriter(path, "llama")
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(size.vocab_size)
-    writer.add_context_length(CONTEXT_LEN)
+    writer.add_context_length(size.context_len)
     writer.add_embedding_length(size.embed_dim)
     writer.add_feed_forward_length(size.mlp_dim)
     writer.add_block_count(size.num_layers)
@@ -153,16 +154,24 @@ def write_gguf(size: Size, tensors: dict[str, np.ndarray], path: Path) -> None:
     writer.add_head_count_kv(size.num_kv_heads)
     writer.add_rope_dimension_count(size.head_dim)
     writer.add_rope_freq_base(10_000.0)
-    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_layer_norm_rms_eps(size.norm_eps)
     for name, tensor in tensors.items():
         if tensor.ndim == 1:
             writer.add_tensor(gguf_name(name), tensor.astype(np.float32))
-        else:
-            writer.add_tensor(gguf_name(name), tensor.view(np.uint8), raw_dtype=GGMLQuantizationType.BF16)
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = interleave_rotated(tensor, size.head_dim)
+        writer.add_tensor(gguf_name(name), tensor.view(np.uint8), raw_dtype=GGMLQuantizationType.BF16)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def interleave_rotated(weight: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of each head as llama.cpp wants them: what rope turns together side by side, not half a head apart."""
+    halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
 def gguf_name(name: str) -> str:

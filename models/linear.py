@@ -23,7 +23,7 @@ def init_weight(rngs: nnx.Rngs, shape: tuple[int, ...], dtype: jnp.dtype) -> Flo
 
 @dataclasses.dataclass(frozen=True)
 class InStack:
-    """In the place of a parameter's array: the stack of all layers' and the layer's number, while a program is traced."""
+    """In a parameter's place while a program is traced: the stack of all layers' arrays, and the layer's number."""
 
     stack: Array
     layer: Array
@@ -61,11 +61,11 @@ class Projection(nnx.Module):
     @property
     def value(self) -> Array | QuantizedWeight | LayerOf:
         """The weight, as the matmuls take it."""
-        if not isinstance(self.weight.get_value(), InStack):
+        held: Any = self.weight.get_value()
+        if not isinstance(held, InStack):
             weight: Array | QuantizedWeight = self._weight(lambda param: param[...])
             return weight
-        stack = self._weight(lambda param: param.get_value().stack)
-        return LayerOf(stack=stack, layer=self.weight.get_value().layer)
+        return LayerOf(stack=self._weight(lambda param: param.get_value().stack), layer=held.layer)
 
     @property
     def value_axes(self) -> Any:

@@ -12,8 +12,11 @@ from ..pallas_kernels.quantized_matmul import FORMATS, WeightFormat
 from .config import Formats, LayerSpec, MlpSpec, ModelConfig
 
 HEAD = "head"
-GROUP_SIZES: Mapping[str, tuple[int, ...]] = {"int4": (32, 64, 128), "fp8_block": (32, 64, 128)}  # that may be chosen
-_HEAD_FORMATS = {"fp8_block": "fp8", "mxfp8": "fp8", "mxfp4": "fp8", "nvfp4": "fp8", "int4": "int8"}
+# That may be chosen.
+GROUP_SIZES: Mapping[str, tuple[int, ...]] = dict.fromkeys(("int4", "int4_a8", "fp8_block"), (32, 64, 128))
+_HEAD_FORMATS = {
+    "fp8_block": "fp8", "mxfp8": "fp8", "mxfp4": "fp8", "nvfp4": "fp8", "int4": "int8", "int4_a8": "int8",
+}  # fmt: skip
 
 # The format of a projection, None for a plain one: the layer's number (None for the head), and attention/q, mlp/gate,
 # moe/down ... or head.

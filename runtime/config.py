@@ -15,7 +15,7 @@ WeightsPlace = Literal["resident", "stream", "host"]
 WeightsIo = Literal["auto", "cached", "direct"]
 # The formats of pallas_kernels/quantized_matmul/contract, which imports jax; a test compares.
 Quantization = Literal[
-    "int8", "int8_a16", "fp8", "fp8_a16", "fp8_block", "int4", "mxfp4", "mxfp8", "nvfp4"
+    "int8", "int8_a16", "fp8", "fp8_a16", "fp8_block", "int4", "int4_a8", "mxfp4", "mxfp8", "nvfp4"
 ]  # fmt: skip
 PLAIN = "none"  # the quantization that leaves plain weights as the checkpoint has them
 _DTYPE_SPELLINGS: dict[str, DType] = {
@@ -47,7 +47,7 @@ class RuntimeConfig:
       ConfigError: on construction, for an option of a wrong type or out of range.
     """
 
-    model: str = "embedded"  # "embedded", a directory (Hugging Face or store), or org/name
+    model: str = "embedded"  # "embedded", a directory (Hugging Face or store), a .gguf file, or org/name
     revision: str | None = None  # of org/name: the main branch
     dtype: str | None = None  # of weights and activations: the checkpoint's own
     # What plain weights are made (int8, fp8, int4 ...), or "none", which leaves them: int8 on a CPU where dtype is None
@@ -89,7 +89,7 @@ class RuntimeConfig:
         _check_text(self, "model", "revision", "compile_cache_dir", "store_cache_dir", "weights", "weights_io")
         _check_text(self, "target", "artifact", "coordinator_address")
         if not self.model:
-            raise ConfigError('model must be "embedded", a directory or org/name; it is empty.')
+            raise ConfigError('model must be "embedded", a directory, a .gguf file or org/name; it is empty.')
         for name, low, high in _INTEGERS:
             value = _integer(name, getattr(self, name), low, high, optional=name in _OPTIONAL)
             object.__setattr__(self, name, value)

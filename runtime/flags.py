@@ -73,7 +73,7 @@ RUNTIME = Group(
     (
         Option("config", "text", "a deployment: loads configs/NAME.py first"),
         Option("set", "texts", "path=value: any option of RuntimeConfig by name, as in --set seed=7; may be repeated"),
-        Option("model", "text", "a checkpoint folder, a store, org/name on the Hugging Face hub, or embedded"),
+        Option("model", "text", "a checkpoint folder, a .gguf file, a store, org/name on the hub, or embedded"),
         Option("revision", "text", "branch, tag or commit of a model on the hub"),
         Option("dtype", "text", "bfloat16, float32 ...; the checkpoint's own by default"),
         Option("quantization", "text", "int8, fp8, int4 ... or none, of plain weights; int8 on a CPU without --dtype"),
@@ -97,7 +97,7 @@ RUNTIME = Group(
         Option("store", "switch", "convert a Hugging Face checkpoint into a store when it is first opened"),
         Option("store_cache_dir", "text", "where such stores are kept"),
         Option("compile_cache_dir", "text", "where compiled programs are kept; an empty value turns that off"),
-        Option("kernels", "text", "implementations by operation, as in paged_attention=reference"),
+        Option("kernels", "text", "implementations by operation, as in paged_attention:reference"),
         Option("progress", "switch", "progress bars on stderr; on by default where stderr is a terminal"),
         Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
     ),

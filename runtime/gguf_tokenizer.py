@@ -12,6 +12,7 @@ from typing import Any, cast
 from ..errors import CheckpointError, UnsupportedModelError
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6  # token types, in GGUF as in sentencepiece
+_TYPES = range(1, 7)
 _PREFIX = "tokenizer.ggml."
 _ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
@@ -90,8 +91,10 @@ def _tokens(metadata: Mapping[str, Any], where: str) -> tuple[list[str], list[in
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise CheckpointError(f"{where}: expected tokenizer.ggml.tokens, a list of strings. Fetch the file again.")
     types = [1] * len(tokens) if types is None else types
-    if not isinstance(types, list) or len(types) != len(tokens) or not all(type(each) is int for each in types):
-        raise CheckpointError(f"{where}: expected tokenizer.ggml.token_type, {len(tokens)} whole numbers, one a token.")
+    if not isinstance(types, list) or len(types) != len(tokens) or not all(each in _TYPES for each in types):
+        raise CheckpointError(
+            f"{where}: expected tokenizer.ggml.token_type, {len(tokens)} numbers from 1 to 6, one a token."
+        )
     return tokens, types
 
 
@@ -145,7 +148,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
         "decoder": byte_level,
         "model": {
             "type": "BPE", "unk_token": None, "byte_fallback": False, "ignore_merges": pre in _WHOLE_WORDS_FIRST,
-            "vocab": vocab, "merges": [merge.split(" ", 1) for merge in merges],
+            "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
 
@@ -162,7 +165,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
     from sentencepiece import sentencepiece_model_pb2
 
     scores = metadata.get(f"{_PREFIX}scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not all(type(each) is float for each in scores):
         raise CheckpointError(f"{where}: expected tokenizer.ggml.scores, {len(tokens)} numbers, one a token.")
     model = cast(Any, sentencepiece_model_pb2).ModelProto()
     unknown = metadata.get(f"{_PREFIX}unknown_token_id", types.index(_UNKNOWN) if _UNKNOWN in types else 0)

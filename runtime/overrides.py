@@ -69,8 +69,9 @@ def _value(text: str, hint: Any, path: str) -> Any:
     kind = _pair_type(hint)
     if kind is None:
         return _scalar(text, next(option for option in options if option is not type(None)), path)
-    pairs = [item.partition("=") for item in text.split(",") if item]
-    if not all(key and equals for key, equals, _ in pairs):
+    # A colon reads better behind a flag's own equals sign: --kernels=paged_attention:hopper.
+    pairs = [item.partition("=" if "=" in item else ":") for item in text.split(",") if item]
+    if not all(key and sign for key, sign, _ in pairs):
         raise ConfigError(f"{path}={text}: expected key=value pairs with commas between them, as in data=1,tensor=2")
     if len({key for key, _, _ in pairs}) < len(pairs):
         raise ConfigError(f"{path}={text}: a key is named twice")

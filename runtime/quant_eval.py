@@ -227,6 +227,24 @@ def _compare(
     return sums
 
 
+def all_logprobs(
+    source: ModelSource, config: RuntimeConfig, mesh: Mesh, tokens: Int[np.ndarray, " T"]
+) -> Float[np.ndarray, "T V"]:
+    """The log probabilities of every token behind each of a text's, for comparisons with other runtimes."""
+    loaded = _load(source, config, mesh, len(tokens))
+    rows = jnp.asarray(np.broadcast_to(tokens, (loaded.model.placement.num_shards, len(tokens))))
+    x = _hidden(loaded.model, loaded.params, rows)
+    logprobs: np.ndarray = np.asarray(_logprobs(loaded.model, loaded.params, x))[0]
+    return logprobs
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logprobs(model: StepModel, params: Params, x: Float[Array, "R T D"]) -> Float[Array, "R T V"]:
+    """Of a residual stream behind the last layer."""
+    logits = model.decoder.bind(params).logits(x, _step(model, jnp.zeros(x.shape[:2], jnp.int32)))
+    return jax.nn.log_softmax(logits)
+
+
 # ---- the whole
 
 

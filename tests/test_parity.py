@@ -4,22 +4,49 @@ The expected values come with each checkpoint (tests/fixtures/make.py); `make pa
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from millrace import RequestOutput, Runtime, SamplingParams
+from millrace.models.decoder import AbstractDecoder
+from millrace.models.families import config_from_hf
+from millrace.runtime.checkpoint import open_checkpoint
+from millrace.runtime.weights import load_params
+from millrace.sharding.mesh import make_mesh
+from millrace.sharding.rules import Placement
 
 TOLERANCE = 1e-4
+COMMITTED = Path(__file__).parent / "fixtures" / "checkpoints"
+# Programs take long to compile: of the committed checkpoints one of each family is served by default, that with most
+# kinds of layers. All are scored, and `make parity` serves all of its own.
+SERVED = {
+    "gemma2_caps", "gemma3_nested", "gpt_oss_mxfp4", "llama_llama3", "mistral_window", "mixtral_window", "olmo2_bias",
+    "phi3_long", "qwen2_window", "qwen3_moe_mixed", "qwen3_window",
+}  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test per checkpoint directory."""
     if "checkpoint" in metafunc.fixturenames:
-        root = Path(metafunc.config.getoption("--checkpoints"))
-        metafunc.parametrize("checkpoint", sorted(root.iterdir()), ids=lambda path: path.name)
+        given = metafunc.config.getoption("--checkpoints")
+        paths = sorted(Path(given or COMMITTED).iterdir())
+        is_rare = [not given and "served" in metafunc.fixturenames and path.name not in SERVED for path in paths]
+        marks = [[pytest.mark.large] if rare else [] for rare in is_rare]
+        metafunc.parametrize(
+            "checkpoint", [pytest.param(path, id=path.name, marks=m) for path, m in zip(paths, marks, strict=True)]
+        )
+
+
+@pytest.fixture
+def served(request: pytest.FixtureRequest) -> None:
+    """What is compiled for the committed checkpoints is not optimized, which takes longer than it saves here."""
+    if request.config.getoption("--checkpoints") is None:
+        request.getfixturevalue("quick_compilation")
 
 
 def params_for(expected: dict[str, Any]) -> SamplingParams:
@@ -40,7 +67,27 @@ def check(output: RequestOutput, expected: dict[str, Any]) -> None:
     np.testing.assert_allclose(scores, expected["prompt_logprobs"][1:], atol=TOLERANCE, rtol=0)
 
 
-def test_tokens_and_logprobs_equal_transformers(checkpoint: Path, program_cache: str, store_cache: str) -> None:
+def test_every_token_is_scored_as_by_transformers(forward: Callable[..., np.ndarray], checkpoint: Path) -> None:
+    """In one pass over the longest prompt and its answer."""
+    expected = json.loads((checkpoint / "expected.json").read_text())
+    prompt = max(expected["prompts"], key=lambda prompt: len(prompt["prompt_token_ids"]))
+    source = open_checkpoint(checkpoint)
+    model = config_from_hf(dict(source.config))
+    specs = AbstractDecoder(model, jnp.dtype("float32")).specs
+    params = load_params(source, model, specs, Placement(make_mesh()), show_progress=False)
+    ids, first = [*prompt["prompt_token_ids"], *prompt["token_ids"]], len(prompt["prompt_token_ids"])
+    rows = forward(model, params, ids, expected["max_context_len"])
+    np.testing.assert_allclose(
+        rows[np.arange(first - 1), ids[1:first]], prompt["prompt_logprobs"][1:], atol=TOLERANCE, rtol=0
+    )
+    assert rows[first - 1 : -1].argmax(1).tolist() == prompt["token_ids"]
+    for row, wanted in zip(rows[first - 1 :], prompt["logprobs"], strict=False):
+        np.testing.assert_allclose(row[[int(token) for token in wanted]], list(wanted.values()), atol=TOLERANCE, rtol=0)
+
+
+def test_tokens_and_logprobs_equal_transformers(
+    checkpoint: Path, served: None, program_cache: str, store_cache: str
+) -> None:
     # Chunks of 29 tokens, pages of 8 and windows from 9 to 15 are all shorter than the longest prompt.
     expected = json.loads((checkpoint / "expected.json").read_text())
     with Runtime.from_pretrained(

@@ -7,21 +7,19 @@ activations in float32. Where theirs are quantized too, the weights are first tr
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from millrace import Runtime, SamplingParams
-from millrace.models.config import AttentionSpec, ModelConfig
+from millrace.models.config import ModelConfig
 from millrace.models.decoder import AbstractDecoder, Params
 from millrace.models.families import config_from_hf
 from millrace.models.quantization import with_formats
-from millrace.models.step import Step, rope_tables
-from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.pallas_kernels.quantized_matmul import WeightFormat
 from millrace.runtime.checkpoint import Checkpoint, open_checkpoint
 from millrace.runtime.convert import convert
@@ -32,6 +30,8 @@ from millrace.runtime.weights import load_params
 from millrace.sharding.mesh import make_mesh
 from millrace.sharding.rules import Placement
 
+Forward = Callable[..., np.ndarray]
+
 ROOT = Path(__file__).parent / "fixtures" / "quantized"
 NAMES = sorted(path.name for path in ROOT.iterdir())
 ROUNDED = {"llama_fp8_channel", "llama_fp8_tensor", "qwen3_fp8_block", "qwen3_int8_channel"}  # activations, that is
@@ -41,18 +41,6 @@ PROJECTIONS = {"q", "k", "v", "o", "gate", "up", "down"}
 PLAIN = {"qwen2_awq": {"stages/1/0/mlp/down"}, "phi3_packed": {"stages/0/0/mlp/down"}}  # as their configs list them
 # Programs take long to compile: one by default.
 RUN = [pytest.param(name, marks=[] if name == "qwen2_awq" else pytest.mark.kernels) for name in NAMES]
-
-
-def attend(q: Any, k: Any, v: Any, cache: Any, layer: Any, spec: AttentionSpec, sinks: Any) -> tuple[Any, Any]:
-    """A sequence over itself; no fixture here has sinks."""
-    groups = spec.num_heads // spec.num_kv_heads
-    k, v = jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)
-    scores = jnp.einsum("rtnh,rsnh->rnts", q, k) * spec.scale
-    if spec.soft_cap is not None:
-        scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
-    distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
-    sees = (distance >= 0) & (distance < (spec.window or q.shape[1]))
-    return jnp.einsum("rnts,rsnh->rtnh", jax.nn.softmax(jnp.where(sees, scores, -jnp.inf)), v), cache
 
 
 @functools.cache
@@ -77,18 +65,9 @@ def with_own_activations(model: ModelConfig) -> ModelConfig:
     return with_formats(model, rule)
 
 
-def prompt_logprobs(model: ModelConfig, params: Params, prompt: list[int]) -> np.ndarray:
+def prompt_logprobs(forward: Forward, model: ModelConfig, params: Params, prompt: list[int]) -> np.ndarray:
     """Of each token of the prompt but the first."""
-
-    def forward(params: Params, tokens: jax.Array) -> jax.Array:
-        ropes = rope_tables(model, jnp.arange(tokens.shape[1])[None], model.max_context_len)
-        step = Step(placement=Placement(make_mesh()), kernels=KernelChoices("cpu"), attend=attend, ropes=ropes)
-        decoder = AbstractDecoder(model, jnp.dtype("float32")).bind(params)
-        hidden, _ = decoder.run_layers(decoder.embed_tokens(tokens, step), None, step)
-        return jax.nn.log_softmax(decoder.logits(hidden, step)[0])
-
-    rows = jax.jit(forward)(params, jnp.asarray([prompt]))
-    return np.asarray(rows)[np.arange(len(prompt) - 1), prompt[1:]]
+    return forward(model, params, prompt)[np.arange(len(prompt) - 1), prompt[1:]]
 
 
 def longest_prompt(name: str) -> dict[str, Any]:
@@ -98,17 +77,17 @@ def longest_prompt(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_published_checkpoint_answers_as_the_weights_that_it_stands_for(name: str) -> None:
+def test_a_published_checkpoint_answers_as_the_weights_that_it_stands_for(forward: Forward, name: str) -> None:
     wanted = longest_prompt(name)
     model, params = load_committed(name)
-    found = prompt_logprobs(with_own_activations(model), params, wanted["prompt_token_ids"])
+    found = prompt_logprobs(forward, with_own_activations(model), params, wanted["prompt_token_ids"])
     np.testing.assert_allclose(found, wanted["prompt_logprobs"][1:], atol=EXACT, rtol=0)
 
 
 @pytest.mark.parametrize("name", sorted(ROUNDED - {"llama_fp8_tensor"}))  # whose format is that of the channels
-def test_quantized_activations_cost_what_their_format_costs(name: str) -> None:
+def test_quantized_activations_cost_what_their_format_costs(forward: Forward, name: str) -> None:
     wanted = longest_prompt(name)
-    found = prompt_logprobs(*load_committed(name), wanted["prompt_token_ids"])
+    found = prompt_logprobs(forward, *load_committed(name), wanted["prompt_token_ids"])
     assert EXACT < np.sqrt(np.mean((found - wanted["prompt_logprobs"][1:]) ** 2)) < NEAR
 
 
@@ -127,12 +106,14 @@ def test_its_projections_stay_quantized_and_its_store_holds_the_same_arrays(name
 
 
 @pytest.mark.parametrize("name", ["phi3_packed", pytest.param("qwen3_moe_gptq", marks=pytest.mark.kernels)])
-def test_an_exported_store_is_a_plain_checkpoint_of_what_it_stands_for(name: str, tmp_path: Path) -> None:
+def test_an_exported_store_is_a_plain_checkpoint_of_what_it_stands_for(
+    forward: Forward, name: str, tmp_path: Path
+) -> None:
     store = convert(open_checkpoint(ROOT / name), tmp_path / "store", dtype=FLOAT32, show_progress=False)
     exported = open_checkpoint(export(store, tmp_path / "exported", show_progress=False))
     assert "quantization_config" not in exported.config
     wanted = longest_prompt(name)
-    found = prompt_logprobs(*load(exported), wanted["prompt_token_ids"])
+    found = prompt_logprobs(forward, *load(exported), wanted["prompt_token_ids"])
     np.testing.assert_allclose(found, wanted["prompt_logprobs"][1:], atol=EXACT, rtol=0)
 
 

@@ -112,9 +112,9 @@ def test_a_repeated_prompt_is_found_in_the_cache(runtime: Runtime) -> None:
 @pytest.mark.parametrize(
     ("checkpoint", "options"),
     [
-        ("llama_default", {}),
         ("llama_linear", {"kv_cache_dtype": "int8"}),
-        ("qwen3_moe_norm", {}),
+        pytest.param("llama_default", {}, marks=pytest.mark.large),
+        pytest.param("qwen3_moe_norm", {}, marks=pytest.mark.large),
         ("gpt_oss_plain", {}),
     ],
 )

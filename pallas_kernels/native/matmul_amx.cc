@@ -3,11 +3,12 @@
 // Schedule: a weight's rows are the A side, 16 rows of 64 bytes to a tile; activations are the B side, packed once into
 // tiles of 4-byte words [word of K, row], so the product comes out transposed, y^T [N, M]. An item is 64 rows of the
 // weight with all rows of activations.
-// Up to 16 rows of activations: four tiles of the weight meet one of activations, a plain weight's where they lie; bound
-// by reading the weight (prefetch instructions made that no faster). More rows: an item's weights are copied into
+// Up to 16 rows of activations: four tiles of the weight meet one of activations; up to 64, one of the weight up to four
+// of activations. A plain weight is taken where it lies, once; bound by reading it (prefetch instructions made that no
+// faster). More rows: an item's weights are copied into
 // tiles that lie one after another, and two by two tiles are multiplied, each serving twice, from the second-level cache:
-// activations are taken in blocks that fill half of it, and while they meet an item the next item is fetched. Bound by
-// the products.
+// activations are taken in blocks, and while they meet an item the next item is fetched. Bound by the products, and by
+// the cache.
 // Weights that are neither int8 beside rounded activations nor bfloat16 are dequantized into such tiles as bfloat16.
 
 #include "dot_matmul.h"
@@ -20,14 +21,20 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kTile = kTileRows * kTileBytes;
 constexpr int64_t kItemTiles = 4, kRowsOfItem = kItemTiles * kTileRows;  // of the weight
-constexpr int64_t kBlockBytes = 1 << 20;  // of activations
+constexpr int64_t kBlockBytes = 1 << 22;  // of activations; fewer at once, and weights are read too often
+constexpr int64_t kDirectTiles = 4;  // of activations that meet a plain weight where it lies
 constexpr int64_t kManyRows = 5;  // from here on tiles of dequantized weights pay
+constexpr int64_t kManyRounded = 9;  // where 4-bit weights meet int8 without
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 };
+
+// Before a tile instruction reads what was written: compilers do not see that it reads memory (GCC before 14 leaves out
+// stores that only _tile_loadconfig would read).
+void finish_stores() { asm volatile("" ::: "memory"); }
 
 // Tiles 0 to 3 sum, 4 and 5 hold weights, 6 and 7 activations; `columns` rows of activations lie in a tile.
 void configure(int64_t columns) {
@@ -36,6 +43,7 @@ void configure(int64_t columns) {
     config.rows[tile] = kTileRows;
     config.row_bytes[tile] = tile == 4 || tile == 5 ? kTileBytes : static_cast<uint16_t>(4 * columns);
   }
+  asm volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 
@@ -98,6 +106,35 @@ void four_by_one(const WeightTiles& weight, const PackedRows& x, uint8_t* sums) 
   _tile_stored(3, sums + 3 * kTileRows * row_bytes, row_bytes);
 }
 
+// sums[kM][16][16] of one tile of the weight and kM of activations.
+template <class Tiles, int kM>
+void one_by_some(const WeightTiles& weight, int64_t weight_tile, const PackedRows& x, uint8_t* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const uint8_t *first = x.tile(0), *second = x.tile(1), *third = x.tile(2), *fourth = x.tile(3);
+  for (int64_t step = 0; step < x.num_steps; ++step) {
+    _tile_loadd(4, weight.at(weight_tile, step), weight.row_stride);
+    _tile_loadd(6, first + step * kTile, kTileBytes);
+    MILLRACE_MULTIPLY(Tiles, 0, 4, 6)
+    _tile_loadd(7, second + step * kTile, kTileBytes);
+    MILLRACE_MULTIPLY(Tiles, 1, 4, 7)
+    if constexpr (kM > 2) {
+      _tile_loadd(6, third + step * kTile, kTileBytes);
+      MILLRACE_MULTIPLY(Tiles, 2, 4, 6)
+    }
+    if constexpr (kM > 3) {
+      _tile_loadd(7, fourth + step * kTile, kTileBytes);
+      MILLRACE_MULTIPLY(Tiles, 3, 4, 7)
+    }
+  }
+  _tile_stored(0, sums, kTileBytes);
+  _tile_stored(1, sums + kTile, kTileBytes);
+  _tile_stored(2, sums + 2 * kTile, kTileBytes);
+  _tile_stored(3, sums + 3 * kTile, kTileBytes);
+}
+
 // What the next item of this thread reads, fetched into the second-level cache a few lines a step.
 struct Prefetch {
   const uint8_t *next, *end;
@@ -155,6 +192,7 @@ void pack_tile(const Matmul& problem, int64_t tile, const PackedRows& x) {
     if constexpr (Tiles::kIsInt8) {
       x.scales[row] = round_to_int8<Avx512>(wide, room, reinterpret_cast<int8_t*>(mine));
     } else {
+      if (problem.rounds_x) round_and_back<Avx512>(wide, width, problem.weight.num_groups);
       Order::reorder(wide, room);
       narrow<Avx512>(Type::kBfloat16, wide, room, mine);
     }
@@ -226,7 +264,7 @@ WeightTiles weight_tiles(const Matmul& problem, int64_t first, int64_t count, co
   const Weight& weight = problem.weight;
   const bool is_plain = weight.storage == (Tiles::kIsInt8 ? Storage::kInt8 : Storage::kBfloat16);
   const int64_t row_bytes = x.num_steps * kTileBytes;
-  if (is_plain && weight.row_bytes == row_bytes && count == kRowsOfItem && x.num_tiles == 1)
+  if (is_plain && weight.row_bytes == row_bytes && count == kRowsOfItem && x.num_tiles <= kDirectTiles)
     return {weight.values + first * row_bytes, row_bytes, kTileBytes, kTileRows * row_bytes};
   uint8_t* tiles = tiles_scratch.at_least(kRowsOfItem * row_bytes);
   for (int64_t n = 0; n < kRowsOfItem; ++n) {
@@ -250,6 +288,21 @@ WeightTiles weight_tiles(const Matmul& problem, int64_t first, int64_t count, co
     for (; done < row_bytes; done += kTileBytes) std::memset(to + done * kTileRows, 0, kTileBytes);
   }
   return {tiles, kTileBytes, kTile, kTileRows * row_bytes};
+}
+
+// The products of an item's weights with two to kDirectTiles tiles of activations.
+template <class Tiles>
+void some_rows(const Matmul& problem, const PackedRows& x, const WeightTiles& weight, int64_t first, int64_t count,
+               const float* channel_scales) {
+  alignas(64) uint8_t sums[4 * kTile];
+  for (int64_t n = 0; n * kTileRows < count; ++n) {
+    if (x.num_tiles == 2) one_by_some<Tiles, 2>(weight, n, x, sums);
+    if (x.num_tiles == 3) one_by_some<Tiles, 3>(weight, n, x, sums);
+    if (x.num_tiles == 4) one_by_some<Tiles, 4>(weight, n, x, sums);
+    for (int64_t tile = 0; tile < x.num_tiles; ++tile)
+      write_tile<Tiles>(problem, x, sums + tile * kTile, first + n * kTileRows,
+                        std::min(kTileRows, count - n * kTileRows), tile * kTileRows, channel_scales + n * kTileRows);
+  }
 }
 
 // The products of an item's weights with tiles [begin, end) of activations.
@@ -279,10 +332,13 @@ void amx_item(const Matmul& problem, const PackedRows& x, int64_t item, int64_t 
   if constexpr (Tiles::kIsInt8)
     for (int64_t n = 0; n < count; ++n) channel_scales[n] = group_scale(problem.weight, first + n, 0).scale;
   configure(x.columns);
+  finish_stores();
   if (x.num_tiles == 1) {
     alignas(64) uint8_t sums[kItemTiles * kTile];
     four_by_one<Tiles>(weight, x, sums);
     write_columns<Tiles>(problem, x, sums, first, count, channel_scales);
+  } else if (x.num_tiles <= kDirectTiles) {
+    some_rows<Tiles>(problem, x, weight, first, count, channel_scales);
   } else {
     const int64_t row_bytes = problem.weight.row_bytes, next = first + num_threads * kRowsOfItem;
     const int64_t num_next = std::clamp<int64_t>(problem.out_dim - next, 0, kRowsOfItem);
@@ -321,9 +377,10 @@ void tile_matmul(const Matmul& problem, const ForEach& for_each) {
 
 MatmulKernel amx_matmul(const Matmul& problem) {
   if (is_int8_product(problem)) return tile_matmul<Int8Tiles, PlainOrder>;
-  if (problem.x_type != Type::kBfloat16 || problem.rounds_x) return nullptr;
+  // Activations rounded to int8 keep their digits in bfloat16 but for the scale's; others of more digits do not.
+  if (problem.x_type != Type::kBfloat16) return nullptr;
   const bool is_plain = problem.weight.storage == Storage::kBfloat16;
-  if (!is_plain && problem.num_rows < kManyRows) return nullptr;
+  if (!is_plain && problem.num_rows < (problem.rounds_x ? kManyRounded : kManyRows)) return nullptr;
   return is_nibble_problem(problem) ? tile_matmul<Bfloat16Tiles, NibbleOrder> : tile_matmul<Bfloat16Tiles, PlainOrder>;
 }
 

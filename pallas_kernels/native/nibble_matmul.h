@@ -3,8 +3,8 @@
 // Schedule: a chunk is 64 bytes of a weight's row, 128 inputs; each 32-bit lane holds eight of them, so a lane belongs to
 // one group of 32, 64 or 128. A chunk's products are summed within lanes and then scaled, lane by lane. Activations are
 // reordered once as the chunk comes apart; with them go their sums per lane, which meet zero points and offsets, and,
-// where they are int8, the scale of each lane's group. Items are 16 rows of the weight; two rows of it and up to four of
-// activations are under way. Few rows are bound by reading the weight.
+// where they are int8, the scale of each lane's group. Items are 16 rows of the weight, taken one by one so that memory is
+// read in order, with up to four rows of activations under way. Few rows are bound by reading the weight.
 #ifndef MILLRACE_NATIVE_NIBBLE_MATMUL_H_
 #define MILLRACE_NATIVE_NIBBLE_MATMUL_H_
 
@@ -16,6 +16,7 @@ namespace {
 
 inline constexpr int64_t kChunk = 128;  // inputs
 inline constexpr int64_t kLanesOfChunk = 16;
+inline constexpr int64_t kAhead = 4096;  // bytes: the hardware alone does not fetch far enough past what is computed on
 
 inline bool is_nibble_problem(const Matmul& problem) {
   const Weight& weight = problem.weight;
@@ -94,49 +95,43 @@ struct LaneScales {
   }
 };
 
-// products[m * kItemRows + n] for kM rows of activations and kN of the weight.
-template <class Nibbles, int kN, int kM>
-void nibble_dots(const Matmul& problem, int64_t first_row, const ChunkRow<Nibbles>* x, float* products) {
+// products[m * kItemRows] for kM rows of activations and one of the weight, which is read from its first byte to its last.
+template <class Nibbles, int kM>
+void nibble_dots(const Matmul& problem, int64_t weight_row, const ChunkRow<Nibbles>* x, float* products) {
   const Weight& weight = problem.weight;
   const int64_t num_chunks = problem.in_dim / kChunk, groups_of_chunk = weight.num_groups / num_chunks;
-  const __m512i lanes = group_of_lane(groups_of_chunk);
-  __m512 sums[kN][kM];
-  for (int n = 0; n < kN; ++n)
-    for (int m = 0; m < kM; ++m) sums[n][m] = _mm512_setzero_ps();
+  const uint8_t* values = weight.values + weight_row * weight.row_bytes;
+  const __m512i step = _mm512_set1_epi32(static_cast<int>(groups_of_chunk));
+  __m512 sums[kM];
+  for (int m = 0; m < kM; ++m) sums[m] = _mm512_setzero_ps();
   const int64_t chunks_at_once = 16 / groups_of_chunk;  // whose groups fill a vector
   for (int64_t begin = 0; begin < num_chunks; begin += chunks_at_once) {
+    const LaneScales by(weight, weight_row, begin * groups_of_chunk);
+    __m512i index = group_of_lane(groups_of_chunk);
     const int64_t end = std::min(num_chunks, begin + chunks_at_once);
-    for (int n = 0; n < kN; ++n) {
-      const LaneScales by(weight, first_row + n, begin * groups_of_chunk);
-      const uint8_t* values = weight.values + (first_row + n) * weight.row_bytes;
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const __m512i index =
-            _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>((chunk - begin) * groups_of_chunk)));
-        const __m512 scales = _mm512_permutexvar_ps(index, by.scales);
-        const __m512 shifts = _mm512_permutexvar_ps(index, by.shifts);
-        const typename Nibbles::Chunk codes = Nibbles::load(values + chunk * (kChunk / 2));
-        for (int m = 0; m < kM; ++m) {
-          const ChunkRow<Nibbles>& row = x[m * num_chunks + chunk];
-          __m512 product = _mm512_mul_ps(scales, Nibbles::dot(codes, row.values));
-          product = _mm512_fmadd_ps(shifts, _mm512_load_ps(row.sums), product);
-          if constexpr (Nibbles::kRoundsRows) {
-            sums[n][m] = _mm512_fmadd_ps(product, _mm512_load_ps(row.scales), sums[n][m]);
-          } else {
-            sums[n][m] = _mm512_add_ps(sums[n][m], product);
-          }
+    for (int64_t chunk = begin; chunk < end; ++chunk, index = _mm512_add_epi32(index, step)) {
+      const __m512 scales = _mm512_permutexvar_ps(index, by.scales);
+      const __m512 shifts = _mm512_permutexvar_ps(index, by.shifts);
+      _mm_prefetch(values + chunk * (kChunk / 2) + kAhead, _MM_HINT_T0);
+      const typename Nibbles::Chunk codes = Nibbles::load(values + chunk * (kChunk / 2));
+      for (int m = 0; m < kM; ++m) {
+        const ChunkRow<Nibbles>& row = x[m * num_chunks + chunk];
+        __m512 product = _mm512_mul_ps(shifts, _mm512_load_ps(row.sums));
+        product = _mm512_fmadd_ps(scales, Nibbles::dot(codes, row.values), product);
+        if constexpr (Nibbles::kRoundsRows) {
+          sums[m] = _mm512_fmadd_ps(product, _mm512_load_ps(row.scales), sums[m]);
+        } else {
+          sums[m] = _mm512_add_ps(sums[m], product);
         }
       }
     }
   }
-  for (int n = 0; n < kN; ++n)
-    for (int m = 0; m < kM; ++m) products[m * kItemRows + n] = _mm512_reduce_add_ps(sums[n][m]);
+  for (int m = 0; m < kM; ++m) products[m * kItemRows] = _mm512_reduce_add_ps(sums[m]);
 }
 
 template <class Nibbles, int kM>
 void nibble_item(const Matmul& problem, int64_t first, int64_t count, const ChunkRow<Nibbles>* x, float* products) {
-  int64_t n = 0;
-  for (; n + 2 <= count; n += 2) nibble_dots<Nibbles, 2, kM>(problem, first + n, x, products + n);
-  if (n < count) nibble_dots<Nibbles, 1, kM>(problem, first + n, x, products + n);
+  for (int64_t n = 0; n < count; ++n) nibble_dots<Nibbles, kM>(problem, first + n, x, products + n);
 }
 
 template <class Nibbles>

@@ -14,15 +14,11 @@ namespace {
 namespace ffi = ::xla::ffi;
 
 std::optional<Path> path_of(std::string_view name) {
-  switch (usable_instruction_set(name)) {
-#ifdef MILLRACE_HAS_AVX2
-    case InstructionSet::kAvx2: return Path{attend_avx2, finish_avx2};
-#endif
-#ifdef MILLRACE_HAS_AVX512
-    case InstructionSet::kAvx512: return Path{attend_avx512, finish_avx512};
-#endif
-    default: return std::nullopt;
+  if (usable_instruction_set(name) == static_cast<InstructionSet>(0)) return std::nullopt;
+  for (const NamedPath& named : kPaths) {
+    if (named.instruction_set == name) return named.path;
   }
+  return std::nullopt;
 }
 
 std::optional<Number> number_of(ffi::DataType dtype) {

@@ -10,8 +10,8 @@ enum class Number { kFloat32, kBfloat16, kFloat16, kInt8, kFloat8 };
 
 inline constexpr int kLanes = 16;  // heads' dimensions are padded to as many in what is computed
 inline constexpr float kLog2E = 1.44269504088896340736f;
-// Finite, so that no difference of them is NaN; the exponential of kMasked - kNoScore is 0, as it must be for a row that
-// has seen no key yet.
+// Finite, so that no difference of them is NaN; the exponential of kMasked - kNoScore is 0, as it must be for a row
+// that has seen no key yet.
 inline constexpr float kMasked = -1e30f;
 inline constexpr float kNoScore = -1e29f;
 
@@ -43,8 +43,8 @@ struct Problem {
   }
 };
 
-// Some queries of one slot, for one KV head and the heads that share it, over a range of keys that holds all that any of
-// them sees (or, of a single query whose keys are split, a part of it).
+// Some queries of one slot, for one KV head and the heads that share it, over a range of keys that holds all that any
+// of them sees (or, of a single query whose keys are split, a part of it).
 struct Item {
   int64_t slot, kv_head;
   int64_t first_row, num_queries;
@@ -65,13 +65,15 @@ inline int64_t tile_queries(const Problem& p) {
   return p.num_groups() < kTileRows ? kTileRows / p.num_groups() : 1;
 }
 
+inline constexpr int64_t kDimUnit = 32;  // to whose multiples instruction sets pad the head dimension
+
 // Floats of scratch memory that an item needs under any instruction set, 64-byte aligned.
 inline int64_t scratch_size(const Problem& p) {
+  const int64_t dim = (p.head_dim + kDimUnit - 1) / kDimUnit * kDimUnit;
   const int64_t rows = (tile_queries(p) * p.num_groups() + kRowGroup - 1) / kRowGroup * kRowGroup;
-  const int64_t of_rows = rows * (2 * p.padded_dim() + 4);
-  const int64_t of_keys = kBlockKeys * (2 * p.padded_dim() + 2 + kRowGroup);
-  const int64_t of_one = p.num_groups() * (p.padded_dim() + kBlockKeys + kLanes);
-  return of_rows + of_keys + of_one + kLanes * p.padded_dim() + 1024;
+  const int64_t of_tile = rows * (2 * dim + 4) + kBlockKeys * (2 * dim + 2 + 2 * kRowGroup) + kRowGroup * dim;
+  const int64_t of_single = kBlockKeys * dim + p.num_groups() * (dim + kBlockKeys + 1) + kBlockKeys;
+  return of_tile > of_single ? of_tile : of_single;
 }
 
 // An instruction set's functions: an item, and the output row of a single query whose parts follow each other from
@@ -84,9 +86,26 @@ struct Path {
   Finish* finish;
 };
 
-// Those that the compiler does not know (MILLRACE_HAS_...) do not exist.
-Attend attend_avx2, attend_avx512, attend_avx512_bf16, attend_amx;
+Attend attend_avx2, attend_avx512, attend_amx;
 Finish finish_avx2, finish_avx512;
+
+struct NamedPath {
+  const char* instruction_set;
+  Path path;
+};
+
+// Those that the compiler knows. AVX2 is always among them, as no library is built without it.
+inline constexpr NamedPath kPaths[] = {
+#ifdef MILLRACE_HAS_AMX
+    {"amx", {attend_amx, finish_avx512}},
+#endif
+#ifdef MILLRACE_HAS_AVX512
+    {"avx512", {attend_avx512, finish_avx512}},
+#endif
+#ifdef MILLRACE_HAS_AVX2
+    {"avx2", {attend_avx2, finish_avx2}},
+#endif
+};
 
 }  // namespace millrace::paged_attention
 

@@ -51,14 +51,14 @@ void narrow(Number number, typename V::Reg x, char* dst, int64_t n) {
   if (to == whole) std::memcpy(dst, whole, n * bytes_of(number));
 }
 
-// Rows [num_rows, dim] at src to [num_rows, padded_dim] at dst, zeros behind each.
+// Rows [num_rows, head_dim] at src to [num_rows, dim] at dst, zeros behind each; dim is a multiple of V::kWidth.
 template <class V, class Widen>
-void widen_rows(const Problem& p, const char* src, int64_t num_rows, int64_t num_bytes, float* dst, Widen widen) {
-  const int64_t padded_dim = p.padded_dim();
-  for (int64_t row = 0; row < num_rows; ++row, src += p.head_dim * num_bytes, dst += padded_dim) {
+void widen_rows(const Problem& p, const char* src, int64_t num_rows, int64_t num_bytes, float* dst, int64_t dim,
+                Widen widen) {
+  for (int64_t row = 0; row < num_rows; ++row, src += p.head_dim * num_bytes, dst += dim) {
     int64_t at = 0;
     for (; at + V::kWidth <= p.head_dim; at += V::kWidth) V::store(dst + at, widen(src + at * num_bytes));
-    for (; at < padded_dim; at += V::kWidth) {
+    for (; at < dim; at += V::kWidth) {
       const int64_t n = at < p.head_dim ? p.head_dim - at : 0;
       V::store(dst + at, widen_some<V>(src + at * num_bytes, n, num_bytes, widen));
     }
@@ -66,13 +66,13 @@ void widen_rows(const Problem& p, const char* src, int64_t num_rows, int64_t num
 }
 
 template <class V>
-void widen_rows_of(Number number, const Problem& p, const char* src, int64_t num_rows, float* dst) {
+void widen_rows_of(Number number, const Problem& p, const char* src, int64_t num_rows, float* dst, int64_t dim) {
   switch (number) {
-    case Number::kFloat32: return widen_rows<V>(p, src, num_rows, 4, dst, V::widen_float32);
-    case Number::kBfloat16: return widen_rows<V>(p, src, num_rows, 2, dst, V::widen_bfloat16);
-    case Number::kFloat16: return widen_rows<V>(p, src, num_rows, 2, dst, V::widen_float16);
-    case Number::kInt8: return widen_rows<V>(p, src, num_rows, 1, dst, V::widen_int8);
-    case Number::kFloat8: return widen_rows<V>(p, src, num_rows, 1, dst, V::widen_float8);
+    case Number::kFloat32: return widen_rows<V>(p, src, num_rows, 4, dst, dim, V::widen_float32);
+    case Number::kBfloat16: return widen_rows<V>(p, src, num_rows, 2, dst, dim, V::widen_bfloat16);
+    case Number::kFloat16: return widen_rows<V>(p, src, num_rows, 2, dst, dim, V::widen_float16);
+    case Number::kInt8: return widen_rows<V>(p, src, num_rows, 1, dst, dim, V::widen_int8);
+    case Number::kFloat8: return widen_rows<V>(p, src, num_rows, 1, dst, dim, V::widen_float8);
   }
 }
 
@@ -88,13 +88,25 @@ void for_each_run(const Problem& p, const Item& item, int which, int64_t first, 
   }
 }
 
-// Keys or values of the item as [padded count, padded_dim], zeros behind the last: what lies there may be NaN.
+// Asks for the keys and values behind these, up to `count`: their pages lie apart, which the processor cannot foresee.
 template <class V>
-void widen_keys(const Problem& p, const Item& item, int which, int64_t first, int64_t count, int64_t padded,
-                float* dst) {
-  const int64_t num_bytes = bytes_of(p.values_number), dim = p.padded_dim();
+void prefetch_keys(const Problem& p, const Item& item, int64_t first, int64_t count) {
+  const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
+  for (int which = 0; which < 2; ++which) {
+    for_each_run(p, item, which, first, least(count, item.end_key - first), [&](int64_t place, int64_t n, int64_t) {
+      const char* src = p.values + place * row_bytes;
+      for (int64_t at = 0; at < n * row_bytes; at += 64) __builtin_prefetch(src + at);
+    });
+  }
+}
+
+// Keys or values of the item as [padded count, dim], zeros behind the last: what lies there may be NaN.
+template <class V>
+void widen_keys(const Problem& p, const Item& item, int which, int64_t first, int64_t count, int64_t padded, float* dst,
+                int64_t dim) {
+  const int64_t num_bytes = bytes_of(p.values_number);
   for_each_run(p, item, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
-    widen_rows_of<V>(p.values_number, p, p.values + place * p.head_dim * num_bytes, n, dst + index * dim);
+    widen_rows_of<V>(p.values_number, p, p.values + place * p.head_dim * num_bytes, n, dst + index * dim, dim);
   });
   std::memset(dst + count * dim, 0, (padded - count) * dim * sizeof(float));
 }
@@ -108,12 +120,17 @@ void gather_scales(const Problem& p, const Item& item, int which, int64_t first,
   });
 }
 
-// 2^x to float32's precision, by the Taylor series around the nearest whole number.
-template <class V>
+// 2^x by a polynomial around the nearest whole number: to float32's precision, or, where what follows is bfloat16, to
+// 1e-4 of it. Either gives exactly 1 for 0.
+template <class V, bool kCoarse = false>
 typename V::Reg exp2(typename V::Reg x) {
   x = V::bounded(x);
   const auto whole = V::round(x);
   const auto f = V::sub(x, whole);
+  if (kCoarse) {
+    const auto y = V::fma(V::all(0.05500858144333614f), f, V::all(0.24221037434204035f));
+    return V::times_power(V::fma(V::fma(y, f, V::all(0.6932829004942691f)), f, V::all(1)), whole);
+  }
   auto y = V::all(1.5403530393381608e-4f);
   y = V::fma(y, f, V::all(1.3333558146428443e-3f));
   y = V::fma(y, f, V::all(9.618129107628477e-3f));

@@ -36,19 +36,20 @@ struct Single {
 
   void run() {
     const int64_t first_head = item.first_row * p.num_heads + item.kv_head * groups;
-    widen_rows_of<V>(p.q_number, p, p.q + first_head * p.head_dim * bytes_of(p.q_number), groups, q);
+    widen_rows_of<V>(p.q_number, p, p.q + first_head * p.head_dim * bytes_of(p.q_number), groups, q, dim);
     std::memset(mixed, 0, groups * dim * sizeof(float));
     for (int64_t g = 0; g < groups; ++g) top[g] = kNoScore, total[g] = 0;
     for (int64_t first = item.first_key; first < item.end_key; first += kBlockKeys) {
       const int64_t count = least(kBlockKeys, item.end_key - first), padded = round_up(count, kWidth);
-      widen_keys<V>(p, item, 0, first, count, padded, keys);
+      widen_keys<V>(p, item, 0, first, count, padded, keys, dim);
+      prefetch_keys<V>(p, item, first + kBlockKeys, kBlockKeys);
       for (int64_t g = 0; g < groups; ++g) {
         for (int64_t at = 0; at < padded; at += kWidth) score_keys(g, at);
       }
       scale_scores(first, count, padded);
       for (int64_t g = 0; g < groups; ++g) weigh(g, padded);
       if (p.scales != nullptr) scale_weights(first, count);
-      widen_keys<V>(p, item, 1, first, count, count, keys);
+      widen_keys<V>(p, item, 1, first, count, count, keys, dim);
       mix(count);
     }
   }

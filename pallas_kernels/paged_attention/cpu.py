@@ -11,7 +11,7 @@ import numpy as np
 from .. import native
 from .contract import KvCache, PagedAttentionProblem, PagedAttentionSpec, PagedBatch
 
-INSTRUCTION_SETS = ("avx512", "avx2")  # that there are kernels for, best first
+INSTRUCTION_SETS = ("amx", "avx512", "avx2")  # that there are kernels for, best first
 
 
 def unsupported(problem: PagedAttentionProblem) -> str | None:

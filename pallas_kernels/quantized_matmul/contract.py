@@ -86,6 +86,7 @@ class WeightFormat:
 
 def _formats() -> dict[str, WeightFormat]:
     int8 = WeightFormat(name="int8", storage="int8", activations="int8")
+    int4 = WeightFormat(name="int4", storage="uint4", group=64, scale="bfloat16")
     fp8 = WeightFormat(name="fp8", storage="float8_e4m3fn", activations="float8_e4m3fn")
     formats = (
         int8,
@@ -93,7 +94,8 @@ def _formats() -> dict[str, WeightFormat]:
         fp8,
         dataclasses.replace(fp8, name="fp8_a16", activations="own"),
         dataclasses.replace(fp8, name="fp8_block", group=128, block_rows=128),  # arXiv:2412.19437, 3.3
-        WeightFormat(name="int4", storage="uint4", group=64, scale="bfloat16"),
+        int4,
+        dataclasses.replace(int4, name="int4_a8", activations="int8"),
         # OCP Microscaling Formats (MX) 1.0
         WeightFormat(name="mxfp4", storage="float4_e2m1", group=32, scale="float8_e8m0fnu"),
         WeightFormat(name="mxfp8", storage="float8_e4m3fn", group=32, scale="float8_e8m0fnu"),

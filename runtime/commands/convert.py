@@ -4,9 +4,9 @@
 quantized ones included. Embeddings, norms and routers stay plain, a head of its own gets 8 bits. With --calibrate they
 are rounded to what the model computes of a text, which costs a forward over it and keeps more of the model's quality.
 
-SRC is a folder, a store or org/name on the hub; DST a new or empty folder, or a URL such as gs://bucket/model. The
-store is there once its manifest is, which is written last. An interrupted conversion goes on where it was when the
-same command is run again. The store's place goes to stdout, all else to stderr.
+SRC is a folder, a .gguf file, a store or org/name on the hub; DST a new or empty folder, or a URL such as
+gs://bucket/model. The store is there once its manifest is, which is written last. An interrupted conversion goes on
+where it was when the same command is run again. The store's place goes to stdout, all else to stderr.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ GROUPS = (
     Group(
         "Conversion",
         (
-            Option("source", "text", "a checkpoint folder, a store, or org/name on the Hugging Face hub"),
+            Option("source", "text", "a checkpoint folder, a .gguf file, a store, or org/name on the Hugging Face hub"),
             Option("destination", "text", "a new or empty folder, or a URL; or this conversion's own, to go on"),
             Option("revision", "text", "branch, tag or commit of a source on the hub"),
             Option("dtype", "text", "bfloat16 (bf16), float16 (fp16) or float32 (fp32); the source's own by default"),

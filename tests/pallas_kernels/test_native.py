@@ -11,7 +11,12 @@ import pytest
 
 from millrace.errors import KernelError, NativeError
 from millrace.pallas_kernels import native
+from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.pallas_kernels.native import build, compiler
+from millrace.pallas_kernels.paged_attention import TABLE as ATTENTIONS
+from millrace.pallas_kernels.paged_attention import PagedAttentionProblem, PagedAttentionSpec
+from millrace.pallas_kernels.quantized_matmul import FORMATS, MatmulProblem
+from millrace.pallas_kernels.quantized_matmul import TABLE as MATMULS
 
 SOURCES = build.SOURCES
 SMALL = ("instruction_sets.cc", "instruction_sets.h", "targets.cc", "targets.h")  # which compile in a second
@@ -212,3 +217,27 @@ def test_a_library_that_cannot_be_loaded_is_named(cache, monkeypatch):
     digest = build.hashlib.sha256(b"no library").hexdigest()
     (built.path.parent / "built.json").write_text(json.dumps({**record, "sha256": digest}))
     assert "cannot be loaded" in native.unavailable()
+
+
+MATMUL = MatmulProblem(platform="cpu", format=FORMATS["int8"], num_rows=4, in_dim=256, out_dim=256, dtype="bfloat16")
+ATTENTION = PagedAttentionProblem(
+    platform="cpu", device_kind="cpu", spec=PagedAttentionSpec(scale=0.1), num_heads=4, num_kv_heads=2, head_dim=64,
+    page_size=16, dtype="bfloat16", cache_dtype="bfloat16", has_sinks=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "operation, table, problem",
+    [("quantized_matmul", MATMULS, MATMUL), ("paged_attention", ATTENTIONS, ATTENTION)],
+    ids=["quantized_matmul", "paged_attention"],
+)
+def test_without_the_library_xla_serves_and_the_reason_is_logged(operation, table, problem, monkeypatch, caplog):
+    monkeypatch.setattr(native, "_outcome", ["there is no C++ compiler"])
+    natives = [entry.name for entry in table if entry.unsupported(problem) == "there is no C++ compiler"]
+    if not natives:
+        pytest.skip("it has no native implementation")
+    with caplog.at_level("INFO"):
+        assert KernelChoices("cpu").choose(operation, table, problem).name == "xla"
+    assert all(f"not {name}: there is no C++ compiler" in caplog.text for name in natives)
+    with pytest.raises(KernelError, match="there is no C\\+\\+ compiler"):
+        KernelChoices("cpu", {operation: natives[0]}).choose(operation, table, problem)

@@ -111,6 +111,7 @@ PROBLEM: dict[str, Any] = {
         ({"device_kind": "NVIDIA H200"}, "made for Blackwell, not for NVIDIA H200"),
         ({"format": None}, "not plain"),
         ({"format": FORMATS["int4"]}, "not int4"),
+        ({"format": FORMATS["int4_a8"]}, "not int4_a8"),
         ({"dtype": "float32"}, "activations must be bfloat16, not float32"),
         ({"out_dim": 192}, "out must be a multiple of 128"),
         ({"in_dim": 192}, "in of 128"),

@@ -21,7 +21,7 @@ H200 = "NVIDIA H200"
 INT4 = FORMATS["int4"]
 WITH_ZEROS = dataclasses.replace(INT4, zeros=True, group=32, scale="float16")
 LARGEST = dataclasses.replace(WITH_ZEROS, group=128, scale="float32")  # in shared memory
-SERVED = [format for name, format in FORMATS.items() if name != "fp8_block"]
+SERVED = [format for name, format in FORMATS.items() if name not in ("fp8_block", "int4_a8")]
 # (out, in) of Llama-2-70B and Llama-3.1-8B, whole and over 8 devices
 SHAPES = ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672), (14336, 4096), (4096, 14336), (128256, 4096))
 
@@ -128,6 +128,7 @@ def problem(**fields: object) -> MatmulProblem:
         ({"dtype": "float32"}, "must be bfloat16, not float32"),
         ({"format": FORMATS["fp8_block"]}, "scales for blocks of channels"),
         ({"format": dataclasses.replace(INT4, offsets=True)}, "int4 has offsets"),
+        ({"format": FORMATS["int4_a8"]}, "int4_a8 quantizes activations, but not to the weight's uint4"),
         ({"format": dataclasses.replace(INT4, group=1024)}, "groups of 1024 inputs do not divide"),
         ({"out_dim": 8200}, "out must be a multiple of 64 and in of 512, not 8200 and 8192"),
         ({"in_dim": 11008}, "in of 512, not 8192 and 11008"),
@@ -138,7 +139,7 @@ def test_what_it_cannot_serve_is_said(fields: dict[str, object], reason: str) ->
     assert reason in str(hopper.unsupported(problem(**fields)))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "fp8_block"])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("fp8_block", "int4_a8")])
 @pytest.mark.parametrize("num_rows", [1, 9, 17, 33, 64, 65, 300, 2048])
 def test_tiles_divide_the_weights_of_models(name: str, num_rows: int) -> None:
     for out_dim, in_dim in SHAPES:

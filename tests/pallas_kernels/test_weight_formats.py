@@ -27,7 +27,7 @@ ALL = {**FORMATS, WITH_ZEROS.name: WITH_ZEROS}
 # Root mean square of what rounding takes from normal weights, relative to them.
 BOUNDS = {
     "int8": 0.01, "int8_a16": 0.01, "fp8": 0.03, "fp8_a16": 0.03, "fp8_block": 0.03, "mxfp8": 0.03,
-    "int4": 0.1, "int4 with zeros": 0.1, "nvfp4": 0.09, "mxfp4": 0.12,
+    "int4": 0.1, "int4_a8": 0.1, "int4 with zeros": 0.1, "nvfp4": 0.09, "mxfp4": 0.12,
 }  # fmt: skip
 
 

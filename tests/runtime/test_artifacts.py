@@ -15,6 +15,7 @@ import pytest
 
 from millrace import ConfigError, ProgramError, Runtime, RuntimeConfig, SamplingParams
 from millrace.models.quantization import uniformly, with_formats
+from millrace.pallas_kernels import native
 from millrace.pallas_kernels.quantized_matmul import FORMATS
 from millrace.runtime import artifacts
 from millrace.runtime.artifacts import differences, load_programs, read_manifest, with_options_of, write_artifact
@@ -24,8 +25,8 @@ from millrace.runtime.model_source import open_model_config
 from millrace.sharding.mesh import make_mesh
 
 SMALL: dict[str, Any] = {
-    "dtype": "float32", "num_slots": 2, "page_size": 8, "max_step_tokens": 8, "max_context_len": 48,
-    "kv_cache_bytes": 2**18, "progress": False,
+    "dtype": "float32", "quantization": "none", "num_slots": 2, "page_size": 8, "max_step_tokens": 8,
+    "max_context_len": 48, "kv_cache_bytes": 2**18, "progress": False,
 }  # fmt: skip
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3, 2, 1, 10, 11]]
 PARAMS: dict[str, Any] = {"max_tokens": 6, "temperature": 0.8, "seed": 7, "ignore_eos": True}
@@ -73,7 +74,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.large),
         {"mesh": {"data": 4, "tensor": 2}, "kv_cache_dtype": "int8"},
         {"weights": "stream", "kv_cache_dtype": "fp8"},
     ],
@@ -131,6 +132,8 @@ def test_a_manifest_says_what_each_program_takes(artifact: Path, deployment: Dep
     assert manifest.programs["decode-2"].in_place >= deployment.model.cache.values.num_bytes
     assert manifest.num_bytes == sum(path.stat().st_size for path in artifact.glob("*.xla"))
     assert manifest.kernels and manifest.facts["jax"]["jax"] == jax.__version__
+    calls_native = any(name == "cpu" for _, name in manifest.kernels)
+    assert manifest.facts["native_kernels"] == (list(native.library().instruction_sets) if calls_native else None)
 
 
 # ---- what is refused

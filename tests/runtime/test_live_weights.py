@@ -29,6 +29,7 @@ from millrace.runtime.weight_streaming import plan_stream
 from millrace.sharding.mesh import make_mesh
 
 OpenTiny = Callable[..., Runtime]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROMPTS = [[3 + i] * (2 + 5 * i) for i in range(4)]
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
 DOWN, NORM = "stages/0/0/mlp/down/weight", "final_norm/scale"

@@ -23,6 +23,7 @@ from millrace.runtime.overrides import load_config, override, resolve
         ("mesh=none", None),
         ("quantization=none", "none"),
         ("kernels.paged_attention=reference", (("paged_attention", "reference"),)),
+        ("kernels=paged_attention:reference", (("paged_attention", "reference"),)),
     ],
 )
 def test_a_setting_becomes_its_options_type(setting, value):

@@ -70,7 +70,9 @@ def test_no_program_holds_a_second_copy_of_the_cache_or_of_the_stacked_weights(
         assert memory.temp_size_in_bytes < num_bytes / 4, f"{bucket}: {memory}"
 
 
-@pytest.mark.parametrize(("dtype", "mesh"), [("int8", {"data": 2, "tensor": 4}), ("float8_e4m3fn", {})])
+@pytest.mark.parametrize(
+    ("dtype", "mesh"), [("int8", {"data": 2, "tensor": 4}), pytest.param("float8_e4m3fn", {}, marks=pytest.mark.large)]
+)
 def test_no_program_holds_a_second_copy_of_a_quantized_cache(dtype: str, mesh: dict[str, int]) -> None:
     model, made = compiled(mesh, cache_dtype=dtype, num_pages=4096)
     num_bytes = cache_bytes(model.cache, model.placement)

@@ -14,7 +14,7 @@ from millrace import CheckpointError, ConfigError, Runtime, SamplingParams
 from millrace.models.decoder import AbstractDecoder
 from millrace.models.families import config_from_hf
 from millrace.models.partition import with_places
-from millrace.models.quantization import named_format
+from millrace.models.quantization import GROUP_SIZES, named_format
 from millrace.pallas_kernels.quantized_matmul import FORMATS, QuantizedWeight
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, quantize
 from millrace.runtime.checkpoint import open_checkpoint
@@ -67,7 +67,7 @@ def made(plain: Store, folder: Path) -> Callable[[str], Store]:
     """The dense model in a format, in groups of 32 where they may be chosen; each is converted once."""
 
     def store(name: str) -> Store:
-        group = 32 if name in ("int4", "fp8_block") else None
+        group = 32 if name in GROUP_SIZES else None
         if not (folder / name).exists():
             convert(plain, folder / name, quantization=named_format(name, group), show_progress=False)
         return open_store(folder / name)
@@ -98,7 +98,7 @@ def weight_of(store: Store, path: str, format: Any) -> QuantizedWeight:
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_converted_store_holds_what_quantize_gives(name: str, plain: Store, made: Callable[[str], Store]) -> None:
     store, path = made(name), "stages/0/0/mlp/down"
-    format = named_format(name, 32 if name in ("int4", "fp8_block") else None)
+    format = named_format(name, 32 if name in GROUP_SIZES else None)
     found, wanted = weight_of(store, path, format), quantize(whole(plain, f"{path}/weight"), format)
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
@@ -235,14 +235,21 @@ def int4(made: Callable[[str], Store], open_tiny: OpenTiny) -> list[Any]:
     return answers(open_tiny(made("int4").url, **SMALL))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": {"data": 2, "tensor": 2}},
+        {"weights": "stream", "weights_memory": 1 << 17},
+        pytest.param({"weights": "host"}, marks=pytest.mark.large),
+    ],
+    ids=["mesh", "streamed", "host"],
+)
 def test_int4_on_a_mesh_and_streamed_gives_the_tokens_of_one_device(
-    int4: list[Any], made: Callable[[str], Store], open_tiny: OpenTiny
+    int4: list[Any], made: Callable[[str], Store], open_tiny: OpenTiny, options: dict[str, Any]
 ) -> None:
-    mesh = {"data": 2, "tensor": 2}
-    for options in ({"mesh": mesh}, {"weights": "stream", "weights_memory": 1 << 17}, {"weights": "host"}):
-        found = answers(open_tiny(made("int4").url, **SMALL, **options))
-        assert tokens(found) == tokens(int4), options
-        np.testing.assert_allclose(scores(found), scores(int4), atol=1e-4)
+    found = answers(open_tiny(made("int4").url, **SMALL, **options))
+    assert tokens(found) == tokens(int4)
+    np.testing.assert_allclose(scores(found), scores(int4), atol=1e-4)
 
 
 def test_int8_on_a_mesh_differs_by_the_rounding_of_activations_alone(

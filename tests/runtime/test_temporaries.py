@@ -12,10 +12,10 @@ from millrace.runtime.programs import compile_programs
 from millrace.runtime.temporaries import step_temporaries
 from millrace.sharding.mesh import make_mesh
 
-CASES: list[tuple[str, dict[str, int], dict[str, Any]]] = [
-    ("llama_default", {"data": 2}, {"num_slots": 8, "max_step_tokens": 32}),
+CASES: list[Any] = [
+    pytest.param("llama_default", {"data": 2}, {"num_slots": 8, "max_step_tokens": 32}, marks=pytest.mark.large),
     ("gemma3_text", {}, {"num_slots": 128}),
-    ("qwen3_moe_norm", {"expert": 4}, {"num_slots": 8, "max_step_tokens": 256}),
+    pytest.param("qwen3_moe_norm", {"expert": 4}, {"num_slots": 8, "max_step_tokens": 256}, marks=pytest.mark.large),
     ("qwen3_moe_norm", {}, {"num_slots": 8, "max_step_tokens": 512, "dtype": "bfloat16", "kv_cache_dtype": "int8"}),
 ]
 

@@ -29,6 +29,7 @@ from millrace.runtime.weight_streaming import (
 from millrace.sharding.mesh import make_mesh
 
 OpenTiny = Callable[..., Runtime]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 NUM_LAYERS = 8
 SMALL: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

@@ -85,7 +85,9 @@ def test_a_slot_is_installed_and_the_state_made_without_a_collective(tensor_para
     assert not collectives(tensor_parallel.install.as_text() + tensor_parallel.initial_state.as_text())
 
 
-@pytest.mark.parametrize("mesh", [{"expert": 4}, {"expert": 4, "tensor": 2}], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param({"expert": 4}, marks=pytest.mark.large), {"expert": 4, "tensor": 2}], ids=str
+)
 def test_rows_travel_to_their_experts_and_back(mesh: dict[str, int]) -> None:
     sums = {"all-reduce": 2} if "tensor" in mesh else {}
     programs = compiled(mesh, MOE)
