@@ -6,7 +6,6 @@ mode (0.1.86) opens files without O_DIRECT. What is read is the format's own: a 
 """
 
 import errno
-import functools
 import itertools
 import os
 import threading
@@ -18,7 +17,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from .mapped_files import can_map, map_files
 from .safetensors_file import aligned_empty
 from .store_format import ArrayEntry, Region
 
@@ -45,20 +43,6 @@ class ChunkFiles:
             pending.append(self._readers.submit(self._read, folder / file, entry, inside, out[view]))
         return pending
 
-    def map(self, folder: Path, entry: ArrayEntry) -> np.ndarray | None:
-        """The whole array as it lies in the page cache, every chunk checked; None where its chunks do not allow that.
-
-        Raises:
-          ValueError, OSError: see `read_chunk`.
-        """
-        if self._direct or not _are_in_order(entry) or not can_map(entry.chunk_bytes):
-            return None
-        files = [folder / file for file, _, _ in _touched(entry, tuple(slice(0, size) for size in entry.shape))]
-        list(self._readers.map(functools.partial(_check_file, chunk_bytes=entry.chunk_bytes), files))
-        whole = map_files(files, entry.chunk_bytes)
-        list(self._readers.map(_check_mapped, files, whole.reshape(len(files), -1)))
-        return whole.view(entry.dtype).reshape(entry.shape)
-
     def _read(self, file: Path, entry: ArrayEntry, inside: Region, target: np.ndarray) -> None:
         """Bring what lies `inside` of a chunk to its place."""
         if target.shape == entry.chunk_shape and target.flags.c_contiguous:
@@ -70,14 +54,6 @@ class ChunkFiles:
         whole = room[: entry.chunk_bytes]
         read_chunk(file, whole, direct=self._direct)
         target[...] = whole.view(entry.dtype).reshape(entry.chunk_shape)[inside]
-
-
-def _are_in_order(entry: ArrayEntry) -> bool:
-    """Whether the array is its chunks one behind the other: cut along one axis, and in single steps along those before."""
-    cut = [axis for axis, step in enumerate(entry.chunk_shape) if step > 1]
-    first = cut[0] if cut else len(entry.shape) - 1
-    is_rest_whole = entry.chunk_shape[first + 1 :] == entry.shape[first + 1 :]
-    return bool(entry.shape) and is_rest_whole and not entry.shape[first] % entry.chunk_shape[first]
 
 
 def _touched(entry: ArrayEntry, region: Region) -> Iterator[tuple[str, Region, Region]]:
@@ -106,38 +82,12 @@ def read_chunk(file: Path, out: np.ndarray, *, direct: bool) -> None:
     """
     fd = _open(file, direct)
     try:
-        _check_size(file, os.fstat(fd).st_size, out.size)
+        expected, found = out.size + _CRC_BYTES, os.fstat(fd).st_size
+        if found != expected:
+            raise ValueError(f"{file} is damaged: it has {found:,} bytes, and should have {expected:,}")
         crc, stored = _read_direct(fd, out) if direct else _read_cached(fd, out)
     finally:
         os.close(fd)
-    _check_crc(file, crc, stored)
-
-
-def _check_file(file: Path, chunk_bytes: int) -> None:
-    """Raise ValueError unless the file holds a chunk: memory behind the end of a shorter one has no bytes."""
-    fd = _open(file, direct=False)
-    try:
-        _check_size(file, os.fstat(fd).st_size, chunk_bytes)
-    finally:
-        os.close(fd)
-
-
-def _check_mapped(file: Path, chunk: np.ndarray) -> None:
-    """Raise ValueError unless the bytes of a mapped chunk are those that were written."""
-    fd = _open(file, direct=False)
-    try:
-        stored = _stored_crc(fd, chunk.size)
-    finally:
-        os.close(fd)
-    _check_crc(file, google_crc32c.value(chunk), stored)
-
-
-def _check_size(file: Path, found: int, chunk_bytes: int) -> None:
-    if found != (expected := chunk_bytes + _CRC_BYTES):
-        raise ValueError(f"{file} is damaged: it has {found:,} bytes, and should have {expected:,}")
-
-
-def _check_crc(file: Path, crc: int, stored: int) -> None:
     if crc != stored:
         raise ValueError(f"{file} is damaged: its CRC32C is {crc:#010x}, and should be {stored:#010x}")
 
@@ -160,14 +110,9 @@ def _read_cached(fd: int, out: np.ndarray) -> tuple[int, int]:
         piece = out[start : start + _PIECE_BYTES]
         _fill(fd, [piece], start)
         crc = google_crc32c.extend(crc, piece)
-    return crc, _stored_crc(fd, out.size)
-
-
-def _stored_crc(fd: int, chunk_bytes: int) -> int:
-    """The CRC32C behind a chunk."""
     tail = np.empty(_CRC_BYTES, np.uint8)
-    _fill(fd, [tail], chunk_bytes)
-    return int.from_bytes(tail.tobytes(), "little")
+    _fill(fd, [tail], out.size)
+    return crc, int.from_bytes(tail.tobytes(), "little")
 
 
 def _read_direct(fd: int, out: np.ndarray) -> tuple[int, int]:
