@@ -17,7 +17,6 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from .mapped_files import can_map, map_files
 from .safetensors_file import aligned_empty
 from .store_format import ArrayEntry, Region
 
@@ -43,22 +42,6 @@ class ChunkFiles:
             view: Any = (*to, ...)  # with the dots an array, even of a scalar
             pending.append(self._readers.submit(self._read, folder / file, entry, inside, out[view]))
         return pending
-
-    def map(self, folder: Path, entry: ArrayEntry) -> np.ndarray | None:
-        """The whole array as it lies in the page cache, every chunk checked; None where its chunks do not allow that.
-
-        Raises:
-          ValueError, OSError: see `read_chunk`.
-        """
-        is_in_order = entry.chunk_shape[1:] == entry.shape[1:] and not entry.shape[0] % entry.chunk_shape[0]
-        if self._direct or not entry.shape or not is_in_order or not can_map(entry.chunk_bytes):
-            return None
-        files = [folder / file for file, _, _ in _touched(entry, tuple(slice(0, size) for size in entry.shape))]
-        for file in files:
-            _check_size(file, os.stat(file).st_size, entry.chunk_bytes)
-        whole = map_files(files, entry.chunk_bytes)
-        list(self._readers.map(_check_mapped, files, whole.reshape(len(files), -1)))
-        return whole.view(entry.dtype).reshape(entry.shape)
 
     def _read(self, file: Path, entry: ArrayEntry, inside: Region, target: np.ndarray) -> None:
         """Bring what lies `inside` of a chunk to its place."""
@@ -99,29 +82,12 @@ def read_chunk(file: Path, out: np.ndarray, *, direct: bool) -> None:
     """
     fd = _open(file, direct)
     try:
-        _check_size(file, os.fstat(fd).st_size, out.size)
+        expected, found = out.size + _CRC_BYTES, os.fstat(fd).st_size
+        if found != expected:
+            raise ValueError(f"{file} is damaged: it has {found:,} bytes, and should have {expected:,}")
         crc, stored = _read_direct(fd, out) if direct else _read_cached(fd, out)
     finally:
         os.close(fd)
-    _check_crc(file, crc, stored)
-
-
-def _check_mapped(file: Path, chunk: np.ndarray) -> None:
-    """Raise ValueError unless the bytes of a mapped chunk are those that were written."""
-    fd = _open(file, direct=False)
-    try:
-        stored = _stored_crc(fd, chunk.size)
-    finally:
-        os.close(fd)
-    _check_crc(file, google_crc32c.value(chunk), stored)
-
-
-def _check_size(file: Path, found: int, chunk_bytes: int) -> None:
-    if found != (expected := chunk_bytes + _CRC_BYTES):
-        raise ValueError(f"{file} is damaged: it has {found:,} bytes, and should have {expected:,}")
-
-
-def _check_crc(file: Path, crc: int, stored: int) -> None:
     if crc != stored:
         raise ValueError(f"{file} is damaged: its CRC32C is {crc:#010x}, and should be {stored:#010x}")
 
@@ -144,14 +110,9 @@ def _read_cached(fd: int, out: np.ndarray) -> tuple[int, int]:
         piece = out[start : start + _PIECE_BYTES]
         _fill(fd, [piece], start)
         crc = google_crc32c.extend(crc, piece)
-    return crc, _stored_crc(fd, out.size)
-
-
-def _stored_crc(fd: int, chunk_bytes: int) -> int:
-    """The CRC32C behind a chunk."""
     tail = np.empty(_CRC_BYTES, np.uint8)
-    _fill(fd, [tail], chunk_bytes)
-    return int.from_bytes(tail.tobytes(), "little")
+    _fill(fd, [tail], out.size)
+    return crc, int.from_bytes(tail.tobytes(), "little")
 
 
 def _read_direct(fd: int, out: np.ndarray) -> tuple[int, int]:

@@ -123,20 +123,6 @@ class Store(ModelFiles):
         self.start_read(path, region, out).result()
         return out
 
-    def map(self, path: str) -> np.ndarray | None:
-        """A whole array as it lies in the page cache, read-only and checked; None where it can only be read.
-
-        Raises:
-          CheckpointError: see PendingRead.result.
-        """
-        if self.root.folder is None:
-            return None
-        try:
-            return self._chunk_files.map(self.root.folder / array_key(path, ""), self.arrays[path])
-        except (ValueError, OSError) as error:
-            region = tuple(slice(0, size) for size in self.arrays[path].shape)
-            raise unreadable(self.root, path, region, error) from error
-
     def start_read(self, path: str, region: Region, out: np.ndarray) -> PendingRead:
         """Begin to read a region straight into `out`, which has its shape and the stored dtype; several at once.
 

@@ -86,7 +86,7 @@ def source_leaves(source: Source, model: ModelConfig, specs: Mapping[str, ParamS
     """The leaves of a source that was found to have these parameters; `whole`: each of a store's in one part."""
     if isinstance(source, Store):
         check_store(source, specs)
-        return store_leaves(source, specs, whole=whole, mapped=whole)
+        return store_leaves(source, specs, whole=whole)
     return checkpoint_leaves(source, source.plan(model), specs)
 
 
@@ -279,7 +279,7 @@ def store_leaves(store: Store, specs: Mapping[str, ParamSpec], *, whole: bool, m
         is_large = spec.num_bytes > _SMALL_BYTES and spec.axes[0] == "layers"
         by_layer = not whole and is_large and store.arrays[path].chunk_shape[0] == 1
         indices: Iterable[tuple[int, ...]] = [(layer,) for layer in range(spec.shape[0])] if by_layer else [()]
-        yield Leaf(path, spec, [_array_part(store, path, index, mapped=mapped) for index in indices])
+        yield Leaf(path, spec, [_array_part(store, path, index) for index in indices])
 
 
 def check_store(store: Store, specs: Mapping[str, ParamSpec]) -> None:
@@ -296,12 +296,10 @@ def check_store(store: Store, specs: Mapping[str, ParamSpec]) -> None:
             raise CheckpointError(f"{store.url}: expected {path} as {spec.dtype}; the store has {entry.dtype}.")
 
 
-def _array_part(store: Store, path: str, index: tuple[int, ...], *, mapped: bool) -> Part:
+def _array_part(store: Store, path: str, index: tuple[int, ...]) -> Part:
     prefix = tuple(slice(i, i + 1) for i in index)
 
     def read(regions: Sequence[Region]) -> list[np.ndarray]:
-        if mapped and list(regions) == [_full(store.arrays[path].shape)] and (whole := store.map(path)) is not None:
-            return [whole]
         found = (store.read(path, prefix + region) for region in regions)
         return [values.reshape(values.shape[len(index) :]) for values in found]
 
