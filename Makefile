@@ -1,13 +1,15 @@
 # Every target does its own set-up: .ci/venv finds a Python, makes .venv and installs what the target needs.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-kernels test-large test-native lint format parity parity-gguf bench bench-weights compile-rack compile-kernels rack-demo wheel clean
+.PHONY: help demo test test-kernels test-large test-native lint format parity parity-gguf bench bench-weights bench-cpu compile-rack compile-kernels rack-demo wheel clean
 export PYTHON
 
 BIN := .venv/bin
 WORKERS ?= 2
 TESTS ?= tests
-# Where bench-weights finds the environment of llama.cpp, or makes it.
+# Where bench-weights and bench-cpu find the environment of llama.cpp, or make it, and bench-cpu that of CTranslate2 and
+# transformers, which may need another Python.
 PEERS ?= build/peers
+TORCH_PEERS ?= $(PEERS)
 # Where compile-rack and compile-kernels find NVIDIA's compilers, or install them (4.8 GB; no GPU is needed).
 CUDA ?= build/cuda
 RACK := llama2_70b_gb300_nvl72
@@ -26,6 +28,7 @@ help:
 	@echo 'make parity-gguf  compare GGUF files with llama.cpp (builds it)'
 	@echo 'make bench   measure the numbers of the README again'
 	@echo 'make bench-weights  measure weights: loading, converting, streaming, beside llama.cpp (12 minutes)'
+	@echo 'make bench-cpu  measure decoding and prompts on this CPU, beside llama.cpp, CTranslate2 and transformers (an hour)'
 	@echo 'make compile-rack  plan Llama-2-70B on 72 GB300s and compile its programs, without a GPU (installs 4.8 GB)'
 	@echo 'make compile-kernels  compile every GPU kernel at every tuned size, without a GPU (installs 4.8 GB)'
 	@echo 'make rack-demo  generate with 18 processes of 4 devices each on this machine'
@@ -82,10 +85,20 @@ bench:
 	@$(BIN)/python benchmarks/batch_scaling.py
 	@$(BIN)/python benchmarks/artifact.py
 
-# llama.cpp is built with the compiler that is here, which takes minutes; the benchmark goes on where that fails.
+# llama.cpp is built with the compiler that is here, which takes minutes; the benchmark goes on where that fails. The
+# flags: GCC before 14 leaves out most of what _tile_loadconfig reads, and then llama.cpp crashes on CPUs with AMX.
 define install_llama_cpp
 $(PEERS)/bin/python -c 'import llama_cpp' 2>/dev/null || { $(BIN)/python -m venv $(PEERS) && \
+	CMAKE_ARGS='-DCMAKE_CXX_FLAGS="-fno-tree-dse -fno-dse"' \
 	$(PEERS)/bin/python -m pip install -q --no-input 'llama-cpp-python>=0.3.36'; } || echo 'llama.cpp is left out'
+endef
+
+# torch is pinned: other versions pull gigabytes of CUDA.
+define install_torch_peers
+$(TORCH_PEERS)/bin/python -c 'import ctranslate2, torch, transformers' 2>/dev/null || { \
+	{ [ -x $(TORCH_PEERS)/bin/python ] || $(BIN)/python -m venv $(TORCH_PEERS); } && $(TORCH_PEERS)/bin/python -m pip \
+	install -q --no-input 'ctranslate2>=4.8' 'transformers>=5,<6' torch==2.13.0; } || \
+	echo 'CTranslate2 and transformers are left out'
 endef
 
 parity-gguf:
@@ -97,6 +110,12 @@ bench-weights:
 	@.ci/venv bench
 	@$(install_llama_cpp)
 	@$(BIN)/python benchmarks/weights.py --peers=$(PEERS)
+
+bench-cpu:
+	@.ci/venv bench
+	@$(install_llama_cpp)
+	@$(install_torch_peers)
+	@$(BIN)/python benchmarks/cpu_peers.py --peers=$(PEERS) --torch_peers=$(TORCH_PEERS)
 
 define install_cuda
 $(CUDA)/bin/python -c 'import jax_cuda13_plugin, millrace' 2>/dev/null || { $(BIN)/python -m venv $(CUDA) && \

@@ -61,7 +61,9 @@ class Peer:
         from pathlib import Path
 
         config = self._runtime.config
-        (store,) = Path(config.store_cache_dir or "").iterdir()
+        # The folder may hold stores of checkpoints that were made before this one.
+        stores = Path(config.store_cache_dir or "").glob("*/manifest.json")
+        store = max(stores, key=lambda manifest: manifest.stat().st_mtime).parent
         needed = {"weights": disk.num_bytes(store / "params"), "kv_cache": config.kv_cache_bytes}
         return memory() | needed
 

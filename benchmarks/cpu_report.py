@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
-from cpu_cells import OURS, Cell, Entrant, claims, ratios, step_bytes
+from cpu_cells import OURS, PRECISIONS, Cell, Entrant, claims, ratios, step_bytes
 from cpu_model import Model
 from cpu_start import LIMIT
 from machine_limits import MachineLimits
@@ -80,9 +80,10 @@ class Findings:
                  for entrant, sizes in self.sizes.items() for kind, num_bytes in sizes.items()]  # fmt: skip
         rows += [{"model": model, "measure": "start to first token, s", "of": name, "value": seconds}
                  for name, seconds in self.starts.items()]  # fmt: skip
-        return rows + self._machine_rows()
+        return rows + self.machine_rows()
 
-    def _machine_rows(self) -> list[dict[str, Any]]:
+    def machine_rows(self) -> list[dict[str, Any]]:
+        """The machine's limits, who else was busy, and versions."""
         rows: list[dict[str, Any]] = []
         if self._measured_limits:
             by = self._measured_limits[0]
@@ -118,6 +119,9 @@ class Findings:
             ours, theirs = self.starts["Millrace int8"], self.starts["llama.cpp int8"]
             text = f"time to the first token at most {LIMIT:g} x llama.cpp's"
             held[f"{text} ({ours:.2f} s beside {theirs:.2f} s)"] = ours <= LIMIT * theirs
+        if self._others:
+            share = median(self._others)
+            held[f"other programs left the machine alone ({share:.0%} of the processor time)"] = share <= QUIET_SHARE
         return held
 
     def _bandwidth_shares(self) -> dict[str, float]:
@@ -155,7 +159,7 @@ def show_findings(findings: Findings) -> None:
             for r in found
         ]
         print("\n" + table([["precision", "cell", "ratio", "target", "best peer"], *lines]))
-    for row in findings._machine_rows():
+    for row in findings.machine_rows():
         if "value" in row:
             print(f"{row['measure']}: {row['value']:.3g} {row.get('of', '')}")
     for name, seconds in findings.starts.items():
@@ -164,6 +168,22 @@ def show_findings(findings: Findings) -> None:
         print(f"{'holds' if holds else 'DOES NOT HOLD'}: {claim}")
     for warning in findings.warnings():
         print(f"WARNING: {warning}")
+
+
+def markdown(findings: Findings) -> str:
+    """README's tables: Millrace beside the best peer, and every entrant's tokens/s."""
+    found = ratios(findings.speeds)
+    cells = list(dict.fromkeys(ratio.cell for ratio in found))
+    lines = [f"| tokens/s of {OURS}, times the best peer's | {' | '.join(PRECISIONS)} |", "|---|---|---|---|"]
+    for cell in cells:
+        texts = {r.precision: f"{_number(r.ours)}, {r.value:.2f} x {r.peer}" for r in found if r.cell == cell}
+        lines.append(f"| {cell} | " + " | ".join(texts.get(precision, "-") for precision in PRECISIONS) + " |")
+    speeds = findings.speeds
+    cells = list(dict.fromkeys(cell for _, cell in speeds))
+    lines += ["", f"| tokens/s | {' | '.join(map(str, cells))} |", "|---" * (len(cells) + 1) + "|"]
+    for entrant in dict.fromkeys(entrant for entrant, _ in speeds):
+        lines.append(f"| {entrant} | " + " | ".join(_number(speeds.get((entrant, cell))) for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def plot(all_findings: Sequence[Findings], name: str) -> None:

@@ -110,7 +110,7 @@ def _with_weights(source: ModelSource, config: RuntimeConfig, dtype: np.dtype) -
         source = dataclasses.replace(source, quantization=None)
     elif is_made and config.weights != "resident":
         raise ConfigError(
-            f"weights={config.weights} reads layers from a store as they are; {weights.path} is a Hugging Face "
+            f"weights={config.weights} reads layers from a store as they are; {weights.path} is a "
             "checkpoint, or still to be quantized. Leave --no-store away, or convert it first: millrace convert."
         )
     if isinstance(weights, Checkpoint):

@@ -100,6 +100,22 @@ class _Cursor:
         except UnicodeDecodeError:
             raise self.wrong(f"{what} should be UTF-8; it starts {bytes(content[:20])!r}") from None
 
+    def strings(self, count: int, what: str) -> list[str]:
+        """So many strings, one after the other: in one go where all of them were read already, as vocabularies are."""
+        found: list[str] = []
+        length = _form("Q")
+        while len(found) < count:
+            data, start = self._data, self.position
+            if start + length.size > len(data) or (end := start + 8 + length.unpack_from(data, start)[0]) > len(data):
+                found.append(self.string(what))  # reads more, or says what is wrong
+                continue
+            try:
+                found.append(data[start + length.size : end].decode())
+            except UnicodeDecodeError:
+                found.append(self.string(what))
+            self.position = end
+        return found
+
     def wrong(self, what: str) -> CheckpointError:
         """The error that begins with the file's name."""
         return CheckpointError(f"{self.path}: {what}: fetch the file again.")
@@ -166,7 +182,7 @@ def _read_value(cursor: _Cursor, kind: int, key: str) -> Any:
     if kind == _STRING:
         if count * 8 > cursor.room:
             raise cursor.wrong(f"{key!r} announces {count} strings; there are {cursor.room} bytes left")
-        return [cursor.string(f"a string of {key!r}") for _ in range(count)]
+        return cursor.strings(count, f"a string of {key!r}")
     if kind not in _SCALARS:
         raise cursor.wrong(f"{key!r} should hold strings or numbers; it holds type {kind}")
     dtype = np.dtype(f"<{_SCALARS[kind]}")

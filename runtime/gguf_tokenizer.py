@@ -148,7 +148,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
         "decoder": byte_level,
         "model": {
             "type": "BPE", "unk_token": None, "byte_fallback": False, "ignore_merges": pre in _WHOLE_WORDS_FIRST,
-            "vocab": vocab, "merges": [merge.split(" ", 1) for merge in merges],
+            "vocab": vocab, "merges": merges,
         },
     }  # fmt: skip
 

@@ -39,7 +39,7 @@ _logger = logging.getLogger(__name__)
 def kept_programs(
     deployment: Deployment, cache_dir: Path, *, show_progress: bool, before_each: Callable[[], object] = lambda: None
 ) -> Programs:
-    """The programs of a deployment on this process' CPU devices: what was kept, the others compiled and kept.
+    """The programs of a deployment on this process' CPU devices: what was kept, and the rest compiled and kept.
 
     `before_each` is called before each program, and may raise to stop.
     """

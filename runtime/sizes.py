@@ -17,6 +17,7 @@ from .config import (
     DEFAULT_CONTEXT_LEN,
     DEFAULT_NUM_SLOTS,
     DEFAULT_STEP_TOKENS,
+    PLAIN,
     STREAMED_NUM_SLOTS,
     STREAMED_STEP_TOKENS,
     RuntimeConfig,
@@ -54,6 +55,7 @@ def resolve(config: RuntimeConfig, model: ModelConfig, dtype: np.dtype) -> Runti
     num_tokens = DEFAULT_STEP_TOKENS if is_resident else STREAMED_STEP_TOKENS
     return config.replace(
         dtype=dtype.name,
+        quantization=config.quantization or PLAIN,
         max_context_len=config.max_context_len or _default_context_len(model),
         num_slots=num_slots,
         max_step_tokens=config.max_step_tokens or max(num_tokens, 2 * num_slots),

@@ -8,8 +8,9 @@ from jaxtyping import Array, Float, Int32
 
 from ...errors import KernelError
 from ..dispatch import Implementation, KernelChoices, Platform, anywhere
+from ..made_for import made_for
 from ..quantized_matmul import QuantizedWeight, WeightFormat
-from . import blackwell, hopper, reference, xla
+from . import reference, xla
 
 __all__ = ["TABLE", "GroupedMatmulProblem", "Weight", "grouped_matmul"]
 
@@ -31,8 +32,8 @@ class GroupedMatmulProblem:
 
 
 TABLE: tuple[Implementation[GroupedMatmulProblem], ...] = (
-    Implementation("hopper", hopper.grouped_matmul, hopper.unsupported, is_tuned=True),
-    Implementation("blackwell", blackwell.grouped_matmul, blackwell.unsupported, is_tuned=True),
+    made_for("hopper", __name__, "grouped_matmul"),
+    made_for("blackwell", __name__, "grouped_matmul"),
     Implementation("xla", xla.grouped_matmul, anywhere),
     Implementation("reference", reference.grouped_matmul, anywhere),
 )

@@ -32,6 +32,10 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
+// Before a tile instruction reads what was written: compilers do not see that it reads memory (GCC before 14 leaves out
+// stores that only _tile_loadconfig would read).
+void finish_stores() { asm volatile("" ::: "memory"); }
+
 // Tiles 0 to 3 sum, 4 and 5 hold weights, 6 and 7 activations; `columns` rows of activations lie in a tile.
 void configure(int64_t columns) {
   TileConfig config;
@@ -39,6 +43,7 @@ void configure(int64_t columns) {
     config.rows[tile] = kTileRows;
     config.row_bytes[tile] = tile == 4 || tile == 5 ? kTileBytes : static_cast<uint16_t>(4 * columns);
   }
+  asm volatile("" : : "r"(&config) : "memory");
   _tile_loadconfig(&config);
 }
 
@@ -327,6 +332,7 @@ void amx_item(const Matmul& problem, const PackedRows& x, int64_t item, int64_t 
   if constexpr (Tiles::kIsInt8)
     for (int64_t n = 0; n < count; ++n) channel_scales[n] = group_scale(problem.weight, first + n, 0).scale;
   configure(x.columns);
+  finish_stores();
   if (x.num_tiles == 1) {
     alignas(64) uint8_t sums[kItemTiles * kTile];
     four_by_one<Tiles>(weight, x, sums);

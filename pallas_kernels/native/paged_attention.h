@@ -10,8 +10,8 @@ enum class Number { kFloat32, kBfloat16, kFloat16, kInt8, kFloat8 };
 
 inline constexpr int kLanes = 16;  // heads' dimensions are padded to as many in what is computed
 inline constexpr float kLog2E = 1.44269504088896340736f;
-// Finite, so that no difference of them is NaN; the exponential of kMasked - kNoScore is 0, as it must be for a row that
-// has seen no key yet.
+// Finite, so that no difference of them is NaN; the exponential of kMasked - kNoScore is 0, as it must be for a row
+// that has seen no key yet.
 inline constexpr float kMasked = -1e30f;
 inline constexpr float kNoScore = -1e29f;
 
@@ -43,8 +43,8 @@ struct Problem {
   }
 };
 
-// Some queries of one slot, for one KV head and the heads that share it, over a range of keys that holds all that any of
-// them sees (or, of a single query whose keys are split, a part of it).
+// Some queries of one slot, for one KV head and the heads that share it, over a range of keys that holds all that any
+// of them sees (or, of a single query whose keys are split, a part of it).
 struct Item {
   int64_t slot, kv_head;
   int64_t first_row, num_queries;

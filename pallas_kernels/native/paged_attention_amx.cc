@@ -1,10 +1,9 @@
 // Paged attention on AMX's bfloat16 tiles, where the queries are bfloat16; what else there is goes to AVX-512.
 //
 // The cache's keys and values are bfloat16, int8 or float8, all of which bfloat16 holds exactly; weights are rounded to
-// it. A tile of keys [16, 32] is as the cache has it; queries and weights are pairs (of H, of keys) along their rows, as
-// the second operand wants them; values are transposed while they are packed, [16 of H, 32 keys].
-// A single query is a tile too, of one register of rows: most of a tile's product is idle then, and it still is several
-// times as fast as dot products are.
+// it. A tile of keys [16, 32] is as the cache has it; queries and weights are pairs (of H, of keys) along their rows,
+// as the second operand wants them; values are transposed while they are packed, [16 of H, 32 keys].
+// Single queries are AVX-512's: reading their keys bounds them, and most of a tile would be idle.
 #include "vector_avx512.h"
 
 #include "paged_attention_tile.h"
@@ -22,8 +21,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Operands of a product: tiles a(i, step) at a + i * a_next + step * a_step, rows a_row bytes apart; tiles b(step, j) one
-// behind the other.
+// Operands of a product: tiles a(i, step) at a + i * a_next + step * a_step, rows a_row bytes apart; tiles b(step, j),
+// one behind the other.
 struct Operands {
   const Half* a;
   int64_t a_next, a_step, a_row;
@@ -68,45 +67,6 @@ inline void multiply_2x2(const Operands& x, float* c, int64_t c_row, bool is_sum
   order_memory();
 }
 
-// The same with one column of two tiles, or of four.
-inline void multiply_column(const Operands& x, float* c, int64_t c_row, bool is_sum, bool is_four) {
-  const int64_t c_bytes = c_row * 4;
-  order_memory();
-  if (is_sum) {
-    _tile_loadd(0, c, c_bytes);
-    _tile_loadd(1, c + 16 * c_row, c_bytes);
-    if (is_four) {
-      _tile_loadd(2, c + 32 * c_row, c_bytes);
-      _tile_loadd(3, c + 48 * c_row, c_bytes);
-    }
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t step = 0; step < x.num_steps; ++step) {
-    const Half* a = x.a + step * x.a_step;
-    _tile_loadd(6, x.b + step * kTileHalfs, 64);
-    _tile_loadd(4, a, x.a_row);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a + x.a_next, x.a_row);
-    _tile_dpbf16ps(1, 5, 6);
-    if (!is_four) continue;
-    _tile_loadd(4, a + 2 * x.a_next, x.a_row);
-    _tile_dpbf16ps(2, 4, 6);
-    _tile_loadd(5, a + 3 * x.a_next, x.a_row);
-    _tile_dpbf16ps(3, 5, 6);
-  }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + 16 * c_row, c_bytes);
-  if (is_four) {
-    _tile_stored(2, c + 32 * c_row, c_bytes);
-    _tile_stored(3, c + 48 * c_row, c_bytes);
-  }
-  order_memory();
-}
-
 inline __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // n <= 32 numbers of the cache as bfloat16, zeros behind them.
@@ -118,22 +78,21 @@ inline __m512i halves_of(Number number, const char* src, int64_t n) {
   return narrowed(widened<Avx512>(number, src, low), widened<Avx512>(number, src + low * num_bytes, high));
 }
 
-template <int kColumns>
 struct AmxProduct {
   using Packed = Half;
-  static constexpr int kHalves = kColumns, kRows = 16 * kColumns, kKeyUnit = 32;
+  static constexpr int kHalves = 2, kRows = 32, kKeyUnit = 32;
   static constexpr bool kCoarse = true, kInPlace = false;
   const int64_t dim;
 
   explicit AmxProduct(const Problem& p) : dim(round_up(p.head_dim, 32)) {}
 
-  // To tiles [step][column][16 pairs of H][16 rows][2].
+  // To tiles [step][half][16 pairs of H][16 rows][2].
   void pack_queries(const float* rows, Half* q) const {
     for (int64_t step = 0; step < dim / 32; ++step) {
-      for (int column = 0; column < kColumns; ++column, q += kTileHalfs) {
+      for (int half = 0; half < 2; ++half, q += kTileHalfs) {
         __m512 square[16];
         for (int i = 0; i < 16; ++i) {
-          const float* row = rows + (column * 16 + i) * dim + step * 32;
+          const float* row = rows + (half * 16 + i) * dim + step * 32;
           square[i] = _mm512_castsi512_ps(narrowed(_mm512_loadu_ps(row), _mm512_loadu_ps(row + 16)));
         }
         Avx512::transpose(square);
@@ -155,28 +114,22 @@ struct AmxProduct {
   }
   void score(const Half* q, const Half* keys, int64_t count, float* scores) const {
     Operands x{keys, 16 * dim, 32, dim * 2, q, dim / 32};
-    if (kColumns == 1) return multiply_column(x, scores, kRows, false, count > 32);
     for (int64_t key = 0; key < count; key += 32, x.a += 32 * dim) multiply_2x2(x, scores + key * kRows, kRows, false);
   }
   void mix(const Half* values, const Half* weights, int64_t count, float* mixed) const {
     Operands x{values, kSteps * kTileHalfs, kTileHalfs, 64, weights, (count + 31) / 32};
-    for (int64_t d = 0; d < dim;) {
-      const bool is_four = kColumns == 1 && d + 64 <= dim;
-      if (kColumns == 2) multiply_2x2(x, mixed + d * kRows, kRows, true);
-      if (kColumns == 1) multiply_column(x, mixed + d * kRows, kRows, true, is_four);
-      d += is_four ? 64 : 32;
-      x.a += (is_four ? 4 : 2) * x.a_next;
-    }
+    for (int64_t d = 0; d < dim; d += 32, x.a += 2 * x.a_next) multiply_2x2(x, mixed + d * kRows, kRows, true);
   }
-  // To tiles [step of 32 keys][column][16 pairs of keys][16 rows][2].
-  void store_weights(Half* weights, int64_t key, const __m512 (&even)[kColumns], const __m512 (&odd)[kColumns]) const {
+  // To tiles [step of 32 keys][half][16 pairs of keys][16 rows][2].
+  void store_weights(Half* weights, int64_t key, const __m512 (&even)[2], const __m512 (&odd)[2]) const {
     // Word 2 i is word i of the even key's, word 2 i + 1 that of the odd one's, which lie behind.
     const __m512i lanes = _mm512_cvtepu8_epi32(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-    const __m512i interleave = _mm512_add_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x10001)), _mm512_set1_epi32(16 << 16));
-    Half* to = weights + key / 32 * kColumns * kTileHalfs + key % 32 / 2 * 32;
-    for (int column = 0; column < kColumns; ++column) {
-      const __m512i pairs = _mm512_permutexvar_epi16(interleave, narrowed(even[column], odd[column]));
-      _mm512_storeu_si512(to + column * kTileHalfs, pairs);
+    const __m512i both = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(0x10001));
+    const __m512i interleave = _mm512_add_epi32(both, _mm512_set1_epi32(16 << 16));
+    Half* to = weights + key / 32 * 2 * kTileHalfs + key % 32 / 2 * 32;
+    for (int half = 0; half < 2; ++half) {
+      const __m512i pairs = _mm512_permutexvar_epi16(interleave, narrowed(even[half], odd[half]));
+      _mm512_storeu_si512(to + half * kTileHalfs, pairs);
     }
   }
 
@@ -217,16 +170,11 @@ struct AmxProduct {
 }  // namespace
 
 void attend_amx(const Problem& p, const Item& item, float* scratch) {
-  if (p.q_number != Number::kBfloat16 || bytes_of(p.values_number) == 4 || p.values_number == Number::kFloat16) {
-    return attend_avx512(p, item, scratch);
-  }
+  const bool is_exact = p.values_number != Number::kFloat32 && p.values_number != Number::kFloat16;  // as bfloat16
+  if (item.partial != nullptr || p.q_number != Number::kBfloat16 || !is_exact) return attend_avx512(p, item, scratch);
   const TileConfig config;
   _tile_loadconfig(&config);
-  if (item.num_queries * p.num_groups() <= 16) {
-    Tile<Avx512, AmxProduct<1>>(p, item, scratch).run();
-  } else {
-    Tile<Avx512, AmxProduct<2>>(p, item, scratch).run();
-  }
+  Tile<Avx512, AmxProduct>(p, item, scratch).run();
   _tile_release();
 }
 

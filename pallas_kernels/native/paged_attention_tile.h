@@ -3,7 +3,7 @@
 // Schedule: rows (query, head) lie along the lanes, in groups of two registers; keys and values are packed 64 at a time
 // and serve every group of the item. A group's scores [keys, rows], its softmax, and its mixed
 // values [H, rows] therefore need no shuffle: keys and values enter as broadcasts (as tiles), weights are where they
-// are needed, and the largest score of a row is found without looking across lanes. Products bound it, and exponentials.
+// are needed, and a row's largest score is found without looking across lanes. Products and exponentials bound it.
 // Product says what is packed and multiplied: FmaProduct here, AmxProduct in paged_attention_amx.cc.
 #ifndef MILLRACE_NATIVE_PAGED_ATTENTION_TILE_H_
 #define MILLRACE_NATIVE_PAGED_ATTENTION_TILE_H_
@@ -81,7 +81,9 @@ struct FmaProduct {
   }
   void put(const Reg (&sums)[kRegs][2], float* to) const {
 #pragma GCC unroll 8
-    for (int i = 0; i < kRegs; ++i) V::store(to + i * kRows, sums[i][0]), V::store(to + i * kRows + V::kWidth, sums[i][1]);
+    for (int i = 0; i < kRegs; ++i) {
+      V::store(to + i * kRows, sums[i][0]), V::store(to + i * kRows + V::kWidth, sums[i][1]);
+    }
   }
 };
 
@@ -135,9 +137,9 @@ struct Tile {
     for (int64_t group = 0; group < num_groups; ++group) end(group);
   }
 
-  int64_t query_of(int64_t row) const { return least(row, num_rows - 1) / heads; }
   int64_t offset_of(int64_t row) const {  // in q and in the output, in numbers
-    return ((item.first_row + row / heads) * p.num_heads + item.kv_head * heads + row % heads) * p.head_dim;
+    const int64_t query = row / heads;
+    return ((item.first_row + query) * p.num_heads + item.kv_head * heads + row - query * heads) * p.head_dim;
   }
 
   // Queries of a group, and a softmax without keys. Rows behind the last see what the last sees, and end nowhere.
@@ -145,10 +147,10 @@ struct Tile {
     std::memset(mixed + group * dim * kRows, 0, dim * kRows * sizeof(float));
     std::memset(rows, 0, kRows * dim * sizeof(float));
     for (int64_t i = 0; i < kRows; ++i) {
-      const int64_t row = group * kRows + i, position = item.first_position + query_of(row);
+      const int64_t row = group * kRows + i, position = item.first_position + least(row, num_rows - 1) / heads;
       last_seen[row] = static_cast<int32_t>(position);
       first_seen[row] = p.window == 0 ? 0 : static_cast<int32_t>(position - p.window + 1);
-      const bool has_sink = p.sinks != nullptr && row < num_rows && item.partial == nullptr;
+      const bool has_sink = p.sinks != nullptr && row < num_rows;
       top[row] = has_sink ? p.sinks[item.kv_head * heads + row % heads] * kLog2E : kNoScore;
       total[row] = has_sink ? 1 : 0;
       if (row >= num_rows) continue;
@@ -187,7 +189,7 @@ struct Tile {
     }
   }
 
-  // The top scores with these keys', which are yet to be multiplied by `factor`; what was summed up decays as they rise.
+  // The top scores with these keys', yet to be multiplied by `factor`; what was summed up decays as they rise.
   void raise_top(int64_t group, int64_t count, float factor, float* group_mixed) {
     Reg best[kHalves], decay[kHalves];
     bool is_same = true;
@@ -241,31 +243,25 @@ struct Tile {
     for (int half = 0; half < kHalves; ++half) V::store(total + group * kRows + half * kWidth, sum[half]);
   }
 
-  // Rows of the output, or a part of a single query's, from a group's mixed values.
+  // Rows of the output from a group's mixed values.
   void end(int64_t group) {
+    const int64_t num_bytes = bytes_of(p.q_number);
     for (int64_t at = 0; at < kRows && group * kRows + at < num_rows; at += kWidth) {
       const int64_t row = group * kRows + at, n = least(kWidth, num_rows - row);
+      char* to[kWidth];
+      for (int64_t i = 0; i < n; ++i) to[i] = p.out + offset_of(row + i) * num_bytes;
       const Reg sums = V::load(total + row);
       for (int64_t d = 0; d < p.head_dim; d += kWidth) {
         Reg square[kWidth];
-        for (int i = 0; i < kWidth; ++i) square[i] = V::load(mixed + (group * dim + d + i) * kRows + at);
-        if (item.partial == nullptr) {
-          for (int i = 0; i < kWidth; ++i) square[i] = V::div_or_zero(square[i], sums);
+        for (int i = 0; i < kWidth; ++i) {
+          square[i] = V::div_or_zero(V::load(mixed + (group * dim + d + i) * kRows + at), sums);
         }
         V::transpose(square);
-        for (int i = 0; i < n; ++i) put(square[i], row + i, d);
+        for (int64_t i = 0; i < n; ++i) {
+          narrow<V>(p.q_number, square[i], to[i] + d * num_bytes, least(kWidth, p.head_dim - d));
+        }
       }
     }
-    if (item.partial == nullptr) return;
-    float* to = item.partial + heads * p.padded_dim();
-    std::memcpy(to + group * kRows, top + group * kRows, least(kRows, heads - group * kRows) * sizeof(float));
-    std::memcpy(to + heads + group * kRows, total + group * kRows, least(kRows, heads - group * kRows) * sizeof(float));
-  }
-
-  void put(Reg x, int64_t row, int64_t d) {
-    if (item.partial != nullptr) return V::store(item.partial + row * p.padded_dim() + d, x);
-    char* to = p.out + (offset_of(row) + d) * bytes_of(p.q_number);
-    narrow<V>(p.q_number, x, to, least(kWidth, p.head_dim - d));
   }
 };
 

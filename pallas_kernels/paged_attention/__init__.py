@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int32
 
 from ...errors import KernelError
 from ..dispatch import Implementation, KernelChoices, anywhere
-from . import blackwell, cpu, hopper, reference, xla
+from ..made_for import made_for
+from . import cpu, reference, xla
 from .contract import CacheDType, KvCache, PagedAttentionProblem, PagedAttentionSpec, PagedBatch
 from .write import write_kv
 
@@ -29,8 +30,8 @@ __all__ = [
 ]
 
 TABLE: tuple[Implementation[PagedAttentionProblem], ...] = (
-    Implementation("hopper", hopper.paged_attention, hopper.unsupported, is_tuned=True),
-    Implementation("blackwell", blackwell.paged_attention, blackwell.unsupported, is_tuned=True),
+    made_for("hopper", __name__, "paged_attention"),
+    made_for("blackwell", __name__, "paged_attention"),
     Implementation("cpu", cpu.paged_attention, cpu.unsupported),
     Implementation("xla", xla.paged_attention, anywhere),
     Implementation("reference", reference.paged_attention, anywhere),

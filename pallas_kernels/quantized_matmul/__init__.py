@@ -8,14 +8,15 @@ from jaxtyping import Array, Float
 
 from ...errors import KernelError
 from ..dispatch import Implementation, KernelChoices, anywhere
-from . import blackwell, block_scaled, cpu, hopper, reference, xla
+from ..made_for import made_for
+from . import block_scaled, cpu, reference, xla
 from .contract import FORMATS, LayerOf, MatmulProblem, QuantizedWeight, Weight, WeightFormat, sliced
 
 __all__ = ["FORMATS", "TABLE", "LayerOf", "MatmulProblem", "QuantizedWeight", "Weight", "WeightFormat", "matmul"]
 
 TABLE: tuple[Implementation[MatmulProblem], ...] = (
-    Implementation("hopper", hopper.matmul, hopper.unsupported, is_tuned=True),
-    Implementation("blackwell", blackwell.matmul, blackwell.unsupported, is_tuned=True),
+    made_for("hopper", __name__, "matmul"),
+    made_for("blackwell", __name__, "matmul"),
     Implementation("block_scaled", block_scaled.matmul, block_scaled.unsupported),
     Implementation("cpu", cpu.matmul, cpu.unsupported, takes_stacks=True),
     Implementation("xla", xla.matmul, anywhere),

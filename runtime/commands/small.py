@@ -16,7 +16,7 @@ _DECIDED = ("config", "set", "artifact", "num_slots", "max_step_tokens")
 
 
 def fitted(values: Mapping[str, Any], num_sequences: int, num_tokens: int | None = None) -> Mapping[str, Any]:
-    """The flags with `num_slots`, and `max_step_tokens` for prompts of `num_tokens`, where nobody chose sizes."""
+    """The flags with `num_slots`, and `max_step_tokens` for prompts of `num_tokens` in all, where none chose sizes."""
     if any(values.get(name) for name in _DECIDED):
         return values
     num_slots = next((size for size in _NUM_SLOTS if size >= num_sequences), None)

@@ -115,7 +115,7 @@ def test_a_listed_name_means_whole_parts_between_dots(entry: str, module: str, i
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
-        (changed("qwen2_awq", quant_method="aqlm"), "'quant_method' should be one of millrace, awq"),
+        (changed("qwen2_awq", quant_method="aqlm"), "'quant_method' should be one of millrace, gguf, awq"),
         (changed("qwen2_awq", bits=3), "'bits' should be 4"),
         (changed("qwen2_awq", version="gemv"), "'version' should be 'gemm'"),
         (changed("qwen2_awq", zero_point=False), "'zero_point' should be true"),

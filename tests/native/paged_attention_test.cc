@@ -35,7 +35,8 @@ float from_bits(uint32_t bits) {
 
 // A number of a format whose exponent has `exponent_bits` and its fraction `fraction_bits`; finite ones only.
 double finite_number(uint32_t bits, int exponent_bits, int fraction_bits) {
-  const int bias = (1 << (exponent_bits - 1)) - 1, exponent = static_cast<int>(bits >> fraction_bits) & ((1 << exponent_bits) - 1);
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = static_cast<int>(bits >> fraction_bits) & ((1 << exponent_bits) - 1);
   const double fraction = static_cast<double>(bits & ((1u << fraction_bits) - 1)) / (1 << fraction_bits);
   const double magnitude = exponent == 0 ? std::ldexp(fraction, 1 - bias) : std::ldexp(1 + fraction, exponent - bias);
   return (bits >> (exponent_bits + fraction_bits)) & 1 ? -magnitude : magnitude;
@@ -130,7 +131,8 @@ struct Case {
     problem.page_tables = page_tables.data();
     for (size_t slot = 0; slot < slots.size(); ++slot) {
       for (int64_t at = 0; at < slots[slot].num_keys * 2 * p.num_kv_heads; ++at) {
-        const int64_t place = problem.place(static_cast<int64_t>(slot), at / 2 % p.num_kv_heads, static_cast<int>(at % 2), at / 2 / p.num_kv_heads);
+        const int64_t kv_head = at / 2 % p.num_kv_heads, position = at / 2 / p.num_kv_heads;
+        const int64_t place = p.place(static_cast<int64_t>(slot), kv_head, static_cast<int>(at % 2), position);
         fill_numbers(random, values, place * p.head_dim, p.head_dim, p.values_number, false);
         if (!scales.empty()) scales[static_cast<size_t>(place)] = 0.01f + 0.0001f * static_cast<float>(random() % 100);
       }
@@ -141,7 +143,8 @@ struct Case {
     for (float& sink : sinks) sink = std::normal_distribution<float>()(random);
   }
 
-  static void fill_numbers(std::mt19937_64& random, std::vector<char>& bytes, int64_t first, int64_t n, Number number, bool is_nan) {
+  static void fill_numbers(std::mt19937_64& random, std::vector<char>& bytes, int64_t first, int64_t n,
+                           Number number, bool is_nan) {
     for (int64_t i = first; i < first + n; ++i) {
       const uint32_t bits = random_bits(random, number, is_nan);
       std::memcpy(bytes.data() + i * size_of(number), &bits, static_cast<size_t>(size_of(number)));
@@ -174,7 +177,8 @@ struct Case {
     const Slot& lens = slots[static_cast<size_t>(slot)];
     const int64_t position = lens.num_keys - lens.num_queries + row - cu_query_lens[static_cast<size_t>(slot)];
     if (position < 0 || lens.num_keys == 0) return sum;
-    const int64_t kv_head = head / p.num_groups(), first = p.window == 0 ? 0 : std::max<int64_t>(0, position - p.window + 1);
+    const int64_t kv_head = head / p.num_groups();
+    const int64_t first = p.window == 0 ? 0 : std::max<int64_t>(0, position - p.window + 1);
     double total = sinks.empty() ? 0 : std::exp(static_cast<double>(sinks[static_cast<size_t>(head)]));
     for (int64_t key = first; key <= position; ++key) {
       double score = 0;
@@ -200,13 +204,14 @@ struct Case {
       while (slot < static_cast<int64_t>(slots.size()) && row >= cu_query_lens[static_cast<size_t>(slot) + 1]) ++slot;
       for (int64_t head = 0; head < p.num_heads; ++head) {
         const bool is_used = slot < static_cast<int64_t>(slots.size());
-        const std::vector<double> want = is_used ? expected(slot, row, head) : std::vector<double>(static_cast<size_t>(p.head_dim));
+        std::vector<double> want(static_cast<size_t>(p.head_dim));
+        if (is_used) want = expected(slot, row, head);
         for (int64_t d = 0; d < p.head_dim; ++d) {
           const double found = read(p.q_number, out, (row * p.num_heads + head) * p.head_dim + d);
-          CHECK(std::abs(found - want[static_cast<size_t>(d)]) <= bound * std::max(1.0, std::abs(want[static_cast<size_t>(d)])),
+          const double exact = want[static_cast<size_t>(d)];
+          CHECK(std::abs(found - exact) <= bound * std::max(1.0, std::abs(exact)),
                 "%s: row %ld head %ld of slot %ld, H %ld, queries %d, cache %d: %g instead of %g", name, long(row),
-                long(head), long(slot), long(p.head_dim), int(p.q_number), int(p.values_number), found,
-                want[static_cast<size_t>(d)]);
+                long(head), long(slot), long(p.head_dim), int(p.q_number), int(p.values_number), found, exact);
         }
       }
     }
@@ -232,7 +237,7 @@ void test_random_steps_follow_the_definition(std::mt19937_64& random) {
   constexpr Number kQueries[] = {Number::kFloat32, Number::kBfloat16, Number::kFloat16};
   constexpr Number kValues[] = {Number::kFloat32, Number::kBfloat16, Number::kFloat16, Number::kInt8, Number::kFloat8};
   Pool pool(3);
-  for (int round = 0; round < 30; ++round) {
+  for (int round = 0; round < 12; ++round) {
     Case step(random, kQueries[between(random, 0, 2)], kValues[between(random, 0, 4)], random_slots(random));
     for (const NamedPath& named : usable_paths()) {
       step.compute(pool, named.path);
@@ -244,7 +249,7 @@ void test_random_steps_follow_the_definition(std::mt19937_64& random) {
 // Parts of keys end in any order, on any thread.
 void test_threads_do_not_change_a_bit(std::mt19937_64& random) {
   Pool alone(1), many(5);
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < 4; ++round) {
     Case step(random, Number::kBfloat16, Number::kBfloat16, {{1, 2600}, {1, 5}, {40, 600}, {1, 1025}});
     for (const NamedPath& named : usable_paths()) {
       step.compute(alone, named.path);

@@ -1,0 +1,35 @@
+"""Implementations that are made for a generation of GPUs: their modules are imported where such a GPU is, or asked for.
+
+Pallas for GPUs alone takes as long to import as jax itself, at every start on a CPU.
+"""
+
+import importlib
+from typing import Any, Protocol
+
+from .dispatch import Implementation, Platform
+from .tuning import Generation, generation
+
+
+class ChipProblem(Protocol):
+    """What every operation's problem says of the chip."""
+
+    @property
+    def platform(self) -> Platform: ...
+
+    @property
+    def device_kind(self) -> str: ...
+
+
+def made_for(chip: Generation, package: str, function: str) -> Implementation[Any]:
+    """`function` of the module named after the chip in an operation's `package`, whose `unsupported` goes with it."""
+
+    def fn(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(f".{chip}", package), function)(*args, **options)
+
+    def unsupported(problem: ChipProblem) -> str | None:
+        if problem.platform != "gpu" or generation(problem.device_kind) != chip:
+            return f"it is made for {chip.title()}, not for {problem.device_kind or problem.platform}"
+        reason: str | None = importlib.import_module(f".{chip}", package).unsupported(problem)
+        return reason
+
+    return Implementation(chip, fn, unsupported, is_tuned=True)
