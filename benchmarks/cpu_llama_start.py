@@ -15,7 +15,8 @@ def main() -> None:
     params.n_threads = params.n_threads_batch = num_threads
     context = llama_cpp.llama_init_from_model(model, params)
     sampler = llama_cpp.llama_sampler_init_greedy()
-    batch = llama_cpp.llama_batch_get_one((llama_cpp.llama_token * len(tokens))(*tokens), len(tokens))
+    prompt = (llama_cpp.llama_token * len(tokens))(*tokens)  # the batch only points to it
+    batch = llama_cpp.llama_batch_get_one(prompt, len(tokens))
     if llama_cpp.llama_decode(context, batch):
         raise SystemExit("llama_decode failed")
     print(llama_cpp.llama_sampler_sample(sampler, context, -1), flush=True)

@@ -140,8 +140,10 @@ class Entrants:
 class Turns:
     """Rounds of all entrants over all cells."""
 
-    def __init__(self, setting: Setting, model: Model, entrants: Entrants, findings: Findings) -> None:
-        self._setting, self._entrants, self._findings = setting, entrants, findings
+    def __init__(
+        self, results: Results, setting: Setting, model: Model, entrants: Entrants, findings: Findings
+    ) -> None:
+        self._results, self._setting, self._entrants, self._findings = results, setting, entrants, findings
         self._random = random.Random(0)
         self._vocab_size = model.size.vocab_size
         self._prompts = [self._prompt(PROMPT_LEN) for _ in range(max(BATCHES))]
@@ -164,7 +166,7 @@ class Turns:
         if cell.kind == "prefill":
             answer = self._entrants.ask(entrant, "prefill", prompt=self._prompt(cell.size))
         else:
-            steps = STEPS[cell.size] if counts and not self._setting.is_quick else 8
+            steps = (8 if self._setting.is_quick else STEPS[cell.size]) if counts else 3
             answer = self._entrants.ask(entrant, "decode", prompts=self._prompts[: cell.size], num_steps=steps)
         if answer is None:
             return
@@ -172,6 +174,8 @@ class Turns:
         self._findings.note_shares(idle=waiting / spent, others=max(0.0, 1 - (own + waiting) / spent))
         if counts:
             self._findings.note(entrant, cell, answer)
+            speed = cell.tokens_per_s(answer["seconds"])
+            self._results.say(f"{cell}, {entrant}: {speed:.4g} tokens/s ({answer['setting'] or 'default'})")
 
     def _spent_s(self, entrant: Entrant) -> tuple[float, float, float]:
         """Processor seconds of the whole machine, of the waiting entrants, and of the one whose turn it is."""
@@ -189,7 +193,7 @@ def measure_model(
         running = Entrants(results, setting, model, stack)
         running.open(entrants)
         findings.facts = running.facts
-        turns = Turns(setting, model, running, findings)
+        turns = Turns(results, setting, model, running, findings)
         results.say("a round to warm up and to find each peer's fastest settings")
         turns.round(cells, counts=False)
         for number in range(setting.rounds):

@@ -19,8 +19,10 @@ class FastestSettings:
 
     def measure(self, cell: tuple[Any, ...], settings: Mapping[str, Measure]) -> dict[str, Any]:
         """Seconds under the cell's setting, and its name; the first time all are tried, which warms up too."""
-        if cell not in self._chosen:
-            tries = [{name: run() for name, run in settings.items()} for _ in range(NUM_TRIES)]
-            self._chosen[cell] = min(settings, key=lambda name: min(seconds[name] for seconds in tries))
-        name = self._chosen[cell]
-        return {"seconds": settings[name](), "setting": name}
+        if cell in self._chosen:
+            name = self._chosen[cell]
+            return {"seconds": settings[name](), "setting": name}
+        tries = [{name: run() for name, run in settings.items()} for _ in range(NUM_TRIES)]
+        best = {name: min(seconds[name] for seconds in tries) for name in settings}
+        name = self._chosen[cell] = min(best, key=lambda name: best[name])
+        return {"seconds": best[name], "setting": name}

@@ -26,8 +26,14 @@ def measure_starts(results: Results, checkpoint: Path, gguf: Path, llama_python:
     runs: dict[str, list[float]] = {name: [] for name in commands}
     for number in range(rounds + 1):
         results.say(f"first tokens, {f'round {number} of {rounds}' if number else 'to fill the caches'}")
-        for name, command in commands.items():
-            seconds = first_byte_s(command)
+        for name, command in list(commands.items()):
+            try:
+                seconds = first_byte_s(command)
+            except SystemExit as reason:
+                results.absent("start to first token", name, str(reason))
+                del commands[name]
+                continue
+            results.say(f"{name}: first token after {seconds:.2f} s")
             if number:
                 runs[name].append(seconds)
-    return {name: median(seconds) for name, seconds in runs.items()}
+    return {name: median(seconds) for name, seconds in runs.items() if seconds}

@@ -27,13 +27,19 @@ def generate_command(*flags: str) -> list[str]:
 def first_byte_s(command: Sequence[str]) -> float:
     """Seconds until a new process writes its first byte of text."""
     started_s = time.perf_counter()
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout and process.stderr
+    # What it says goes to a file: a pipe that nobody reads would stop a process that says much.
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
+        assert process.stdout
         byte = process.stdout.read(1)
         elapsed_s = time.perf_counter() - started_s
-        _, errors = process.communicate()
+        process.communicate()
+        errors.seek(0)
+        words = errors.read().decode(errors="replace").strip()
     if not byte or process.returncode:
-        raise SystemExit(f"{command[-1]} failed: {errors.decode().strip()[-500:]}")
+        raise SystemExit(f"{' '.join(command[:4])} ... ended with {process.returncode}: {words[-500:]}")
     return elapsed_s
 
 
