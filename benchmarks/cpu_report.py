@@ -119,6 +119,9 @@ class Findings:
             ours, theirs = self.starts["Millrace int8"], self.starts["llama.cpp int8"]
             text = f"time to the first token at most {LIMIT:g} x llama.cpp's"
             held[f"{text} ({ours:.2f} s beside {theirs:.2f} s)"] = ours <= LIMIT * theirs
+        if self._others:
+            share = median(self._others)
+            held[f"other programs left the machine alone ({share:.0%} of the processor time)"] = share <= QUIET_SHARE
         return held
 
     def _bandwidth_shares(self) -> dict[str, float]:

@@ -66,6 +66,7 @@ def test_the_first_token_is_claimed_where_llama_cpp_was_there(findings):
 def test_a_machine_that_was_not_quiet_is_named(findings):
     findings.note_shares(idle=0.0, others=0.3)
     assert findings.warnings() == ["other programs took 30% of the processor time: not a quiet machine"]
+    assert findings.claims()["other programs left the machine alone (30% of the processor time)"] is False
 
 
 def test_the_readmes_table_has_speed_ratio_and_peer(findings):
