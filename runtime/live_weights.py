@@ -178,9 +178,9 @@ def _check_array(path: str, array: object, spec: ParamSpec) -> None:
         raise ConfigError(f"weights: {path} should have the shape {list(spec.stored_shape)}; got {list(array.shape)}")
     are_floats = jnp.issubdtype(array.dtype, jnp.floating) and jnp.issubdtype(spec.dtype, jnp.floating)
     if array.dtype != spec.dtype and not are_floats:
-        raise ConfigError(
-            f"weights: {path} should be {spec.dtype}, or floats to make {spec.dtype} of; got {array.dtype}"
-        )
+        is_plain = jnp.issubdtype(spec.dtype, jnp.floating)
+        instead = f"or floats to make {spec.dtype} of" if is_plain else 'unless opened with quantization="none"'
+        raise ConfigError(f"weights: {path} should be {spec.dtype}, {instead}; got {array.dtype}")
     if isinstance(array, jax.Array) and array.is_deleted():
         raise ConfigError(f"weights: {path} was deleted, or donated to a program. Give an array that still is.")
 

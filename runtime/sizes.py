@@ -115,6 +115,8 @@ def size_cache(
     room = _room(placement, memory_bytes, taken, config.kv_cache_bytes)
     wanted = pages_per_slot * config.num_slots * page_bytes
     num_pages = (config.kv_cache_bytes or min(wanted, room)) // page_bytes
+    if placement.on_host and config.kv_cache_bytes is None and room < wanted:
+        num_pages = max(_steady(num_pages), min(num_pages, pages_per_slot))
     if num_pages < pages_per_slot:
         longest = num_pages * config.page_size
         to = f" to {longest}" if longest > 1 else ""
@@ -124,6 +126,12 @@ def size_cache(
             f"Lower max_context_len{to}, raise kv_cache_bytes, or choose a larger tensor axis."
         )
     return CacheSize(num_pages=num_pages, page_bytes=page_bytes)
+
+
+def _steady(num_pages: int) -> int:
+    """At most an eighth less, so that a little more or less free memory at the next start finds the same programs."""
+    shift = max(num_pages.bit_length() - 4, 0)
+    return num_pages >> shift << shift
 
 
 def bytes_of_page(config: RuntimeConfig, model: ModelConfig, placement: Placement) -> int:

@@ -270,11 +270,8 @@ def _piece_part(checkpoint: Checkpoint, piece: Piece) -> Part:
     return Part(piece.index, read, sum(checkpoint.num_bytes(name) for name in piece.names))
 
 
-def store_leaves(store: Store, specs: Mapping[str, ParamSpec], *, whole: bool, mapped: bool = False) -> Iterator[Leaf]:
-    """Leaves of a checked store: each as a whole, or large ones layer by layer where its chunks allow it.
-
-    `mapped`: whole ones are the page cache's own memory where that is possible, for those who never write to it.
-    """
+def store_leaves(store: Store, specs: Mapping[str, ParamSpec], *, whole: bool) -> Iterator[Leaf]:
+    """Leaves of a checked store: each as a whole, or large ones layer by layer where its chunks allow it."""
     for path, spec in specs.items():
         is_large = spec.num_bytes > _SMALL_BYTES and spec.axes[0] == "layers"
         by_layer = not whole and is_large and store.arrays[path].chunk_shape[0] == 1

@@ -33,7 +33,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     """The exit code, 0."""
     started_s = time.perf_counter()
     print("Loading the embedded model: a small one, trained on the Python standard library.", file=sys.stderr)
-    with open_runtime(fitted(values, num_sequences=1, num_tokens=max(map(most_tokens, zip(PROMPTS))))) as runtime:
+    with open_runtime(fitted(values, num_sequences=1, num_tokens=max(most_tokens([p]) for p in PROMPTS))) as runtime:
         print(f"Ready after {time.perf_counter() - started_s:.1f} s.\n", file=sys.stderr)
         paces = [_complete(runtime, prompt) for prompt in PROMPTS]
     num_decoded = sum(pace.num_decoded for pace in paces)

@@ -12,6 +12,7 @@ from millrace.models.partition import partition
 from millrace.runtime import host_memory
 from millrace.runtime.sizes import (
     CacheSize,
+    bytes_of_page,
     check_host_memory,
     device_memory,
     resolve,
@@ -211,3 +212,14 @@ def test_a_long_context_must_be_asked_for() -> None:
     long = dataclasses.replace(MODEL, max_context_len=10**6)
     assert resolve(RuntimeConfig(), long, np.dtype("float32")).max_context_len == 8192
     assert resolve(RuntimeConfig(max_context_len=10**6), long, np.dtype("float32")).max_context_len == 10**6
+
+
+def test_a_cache_that_fills_what_is_free_on_a_cpu_has_a_size_that_the_next_start_finds_again() -> None:
+    one, weight_bytes = placement(), 1000
+    config = resolve(RuntimeConfig(max_context_len=64, num_slots=512, max_step_tokens=600), MODEL, np.dtype("float32"))
+    page = bytes_of_page(config, MODEL, one)
+    sizes = {
+        size_cache(config, MODEL, one, weight_bytes, memory).num_pages * page
+        for memory in range(80_000_000, 81_000_000, 100_000)
+    }
+    assert len(sizes) <= 2 and all(0.87 * 20_000_000 < size <= 0.25 * 81_000_000 for size in sizes)
