@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def served(request: pytest.FixtureRequest) -> None:
     """What is compiled for the committed checkpoints is not optimized, which takes longer than it saves here."""
-    if request.config.getoption("--checkpoints") is None:
+    if request.config.getoption("--checkpoints") is None and jax.default_backend() == "cpu":
         request.getfixturevalue("quick_compilation")
 
 
