@@ -91,8 +91,7 @@ def format_paths(model: ModelConfig) -> dict[str, WeightFormat]:
     found = {} if model.head_format is None else {HEAD: model.head_format}
     for s, stage in enumerate(model.stages):
         for p, layer in enumerate(stage.period):
-            for block, formats in (("attention", layer.attention.formats), (mlp_block(layer), layer.mlp.formats)):
-                found |= {f"stages/{s}/{p}/{block}/{name}": format for name, format in formats}
+            found |= {f"stages/{s}/{p}/{path}": format for path, format in layer_formats(layer)}
     return found
 
 
@@ -110,8 +109,7 @@ def quantized_projections(model: ModelConfig) -> Iterator[tuple[str, WeightForma
     """Path, format and shape [out, in] (of one expert) of the quantized projections of each kind of layer."""
     for layer in dict.fromkeys(model.layers):
         shapes = projection_shapes(layer, model.embed_dim)
-        for block, formats in (("attention", layer.attention.formats), (mlp_block(layer), layer.mlp.formats)):
-            yield from ((f"{block}/{name}", format, shapes[f"{block}/{name}"]) for name, format in formats)
+        yield from ((path, format, shapes[path]) for path, format in layer_formats(layer))
     if model.head_format is not None:
         yield HEAD, model.head_format, (model.vocab_size, model.embed_dim)
 
@@ -129,6 +127,12 @@ def projection_shapes(layer: LayerSpec, embed_dim: int) -> dict[str, tuple[int, 
         f"{block}/up": (inner, embed_dim),
         f"{block}/down": (embed_dim, inner),
     }
+
+
+def layer_formats(layer: LayerSpec) -> Iterator[tuple[str, WeightFormat]]:
+    """Path and format of a layer's quantized projections: attention/q, mlp/gate, moe/down ..."""
+    for block, formats in (("attention", layer.attention.formats), (mlp_block(layer), layer.mlp.formats)):
+        yield from ((f"{block}/{name}", format) for name, format in formats)
 
 
 def mlp_block(layer: LayerSpec) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +21,9 @@ from millrace.sharding.rules import Placement
 
 jax.config.update("jax_num_cpu_devices", 8)
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))  # for what makes fixtures while tests run
+# Nothing is timed: other work on the machine is no failure.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,12 +23,17 @@ from millrace.sharding.rules import Placement
 
 TOLERANCE = 1e-4
 COMMITTED = Path(__file__).parent / "fixtures" / "checkpoints"
-# Programs take long to compile: of the committed checkpoints one of each family is served by default, that with most
-# kinds of layers. All are scored, and `make parity` serves all of its own.
+# Programs take long to compile: of the committed checkpoints those are served by default that have every kind of layer
+# between them. All are scored, and `make parity` serves all of its own.
 SERVED = {
-    "gemma2_caps", "gemma3_nested", "gpt_oss_mxfp4", "llama_llama3", "mistral_window", "mixtral_window", "olmo2_bias",
-    "phi3_long", "qwen2_window", "qwen3_moe_mixed", "qwen3_window",
-}  # fmt: skip
+    "gemma2_caps",  # windows, soft caps, norms on both sides
+    "gemma3_nested",  # two ropes, norms of queries and keys
+    "gpt_oss_mxfp4",  # sinks, biases, quantized experts
+    "llama_llama3",
+    "olmo2_bias",  # norms behind
+    "phi3_long",  # fused projections, a rope of the context's length
+    "qwen3_moe_mixed",  # layers with and without experts
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -45,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture
 def served(request: pytest.FixtureRequest) -> None:
     """What is compiled for the committed checkpoints is not optimized, which takes longer than it saves here."""
-    if request.config.getoption("--checkpoints") is None:
+    if request.config.getoption("--checkpoints") is None and jax.default_backend() == "cpu":
         request.getfixturevalue("quick_compilation")
 
 

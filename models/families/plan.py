@@ -10,7 +10,7 @@ import numpy as np
 from ...errors import CheckpointError
 from ...pallas_kernels.quantized_matmul.contract import WeightFormat
 from ..config import LayerSpec, MlpSpec, ModelConfig, Stage
-from ..quantization import HEAD, mlp_block, projection_shapes
+from ..quantization import HEAD, layer_formats, mlp_block, projection_shapes
 from .names import Names
 from .published.scheme import Projection, Scheme, parts
 from .source import Source
@@ -139,7 +139,7 @@ def _plain_stages(model: ModelConfig) -> list[Stage]:
 
 def layer_leaves(spec: LayerSpec) -> list[str]:
     """The paths of one layer's parameters."""
-    attention, formats = spec.attention, _formats(spec)
+    attention, formats = spec.attention, dict(layer_formats(spec))
     leaves = [leaf for name in "qkvo" for leaf in _weight_leaves(f"attention/{name}", formats.get(f"attention/{name}"))]
     leaves += [f"attention/{name}/bias" for name in "qkv" if attention.qkv_bias]
     leaves += ["attention/o/bias"] if attention.out_bias else []
@@ -158,18 +158,13 @@ def _weight_leaves(path: str, format: WeightFormat | None) -> list[str]:
     return [f"{path}/{leaf}" for leaf in (("weight",) if format is None else parts(format))]
 
 
-def _formats(spec: LayerSpec) -> dict[str, WeightFormat]:
-    blocks = {"attention": spec.attention.formats, mlp_block(spec): spec.mlp.formats}
-    return {f"{block}/{name}": format for block, formats in blocks.items() for name, format in formats}
-
-
 def _projections(spec: LayerSpec, embed_dim: int) -> dict[str, Projection]:
     """The quantized projections of a layer by their path."""
     attention, shapes = spec.attention, projection_shapes(spec, embed_dim)
     biases = {f"attention/{name}": attention.qkv_bias for name in "qkv"} | {"attention/o": attention.out_bias}
     return {
         path: Projection(format, shapes[path][0], bias=biases.get(path, spec.mlp.bias))
-        for path, format in _formats(spec).items()
+        for path, format in layer_formats(spec)
     }
 
 

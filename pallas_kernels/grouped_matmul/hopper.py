@@ -28,19 +28,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from ..dispatch import Platform
+from ..mosaic import LINE_BYTES, swizzled
 from ..quantized_matmul.contract import QuantizedWeight
 from ..quantized_matmul.row_tiles import (
-    LINE_BYTES,
     STAGED_BYTES,
     Item,
     Items,
     Sizes,
+    drain,
     is_fp8,
     operands,
     scaled,
     store_rows,
     stored_as,
-    swizzled,
 )
 from ..tuning import generation
 from . import hopper_a16
@@ -195,7 +195,7 @@ def _body(
 
     @pl.when(warpgroup == CONSUMERS)
     def _() -> None:
-        items.visit(load)
+        drain(free, items.visit(load), sizes.stages)
 
     @pl.when(warpgroup < CONSUMERS)
     def _() -> None:

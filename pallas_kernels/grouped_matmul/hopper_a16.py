@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Int32
 
+from ..mosaic import LINE_BYTES
 from ..quantized_matmul import hopper
 from ..quantized_matmul.contract import MatmulProblem, QuantizedWeight, WeightFormat
 from ..quantized_matmul.hopper_a16 import Work, inputs_of_panel, product
-from ..quantized_matmul.hopper_tiles import LINE_BYTES, Tile
+from ..quantized_matmul.hopper_tiles import Tile
 from ..quantized_matmul.row_tiles import mean_tile_rows
 from ..tuning import tuned
 

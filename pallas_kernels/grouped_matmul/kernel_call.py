@@ -9,9 +9,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from ..dispatch import Platform
+from ..mosaic import TILED_ROWS
 from ..quantized_matmul.contract import QuantizedWeight
 from ..quantized_matmul.formats import quantize_rows
-from ..quantized_matmul.row_tiles import TILED_ROWS, Sizes, mean_tile_rows
+from ..quantized_matmul.row_tiles import Sizes, mean_tile_rows
 from . import xla
 
 

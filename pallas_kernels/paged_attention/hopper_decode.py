@@ -25,11 +25,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from ..mosaic import COLUMNS, ROWS, store, swizzled
 from .hopper_tiles import (
-    COLUMNS,
     LOG2_E,
     MASKED,
-    ROWS,
     along_columns,
     along_rows,
     full,
@@ -40,8 +39,6 @@ from .hopper_tiles import (
     read_pages,
     source_keys,
     stage_output,
-    store,
-    swizzled,
     tensor_memory,
     widened_columns,
 )

@@ -26,10 +26,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from ..mosaic import ROWS, swizzled
 from .hopper_tiles import (
     LOG2_E,
     MASKED,
-    ROWS,
     along_columns,
     full,
     line_bytes,
@@ -38,7 +38,6 @@ from .hopper_tiles import (
     product_of,
     read_pages,
     source_keys,
-    swizzled,
     tensor_memory,
     widened_columns,
 )

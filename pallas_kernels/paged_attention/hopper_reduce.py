@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from .hopper_tiles import COLUMNS, LOG2_E, MASKED, along_rows, full, line_bytes, output_tiles, stage_output, swizzled
+from ..mosaic import COLUMNS, swizzled
+from .hopper_tiles import LOG2_E, MASKED, along_rows, full, line_bytes, output_tiles, stage_output
 from .hopper_work import Place, Split, item_of
 
 

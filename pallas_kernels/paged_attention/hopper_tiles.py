@@ -1,7 +1,7 @@
 """Pieces that the Hopper paged attention kernels share: shared memory tiles, copies of blocks, scores."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,19 +10,11 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from ..mosaic import COLUMNS
 from .hopper_work import Units
 
-COLUMNS, ROWS = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)  # one number for each column, or row
 MASKED = -1e30  # finite, so that what has seen no key yet makes no NaN
 LOG2_E = math.log2(math.e)
-
-
-def swizzled(shape: Sequence[int], dtype: Any, line_bytes: int) -> Any:
-    """A tile of shared memory [..., rows, columns] as TMA fills it and wgmma reads it."""
-    line = line_bytes // jnp.dtype(dtype).itemsize
-    # mypy takes transforms for abstract classes.
-    transforms = (plgpu.TilingTransform((8, line)), plgpu.SwizzleTransform(line_bytes))  # type: ignore[abstract]
-    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
 def line_bytes(row_bytes: int) -> int:
@@ -97,14 +89,6 @@ def product_of(scratch: Mapping[str, Any]) -> Callable[..., jax.Array]:
         return result
 
     return run
-
-
-def store(target: Any, value: jax.Array) -> None:
-    """Store registers to global memory, be it in less than whole lines."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(target, value, optimized=False)
-    else:  # jax 0.11, whose plain stores may be such
-        target[...] = value
 
 
 def log2_scores(products: jax.Array, scale: float, soft_cap: float | None) -> jax.Array:

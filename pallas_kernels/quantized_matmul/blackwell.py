@@ -27,22 +27,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
 from ..dispatch import Platform
+from ..mosaic import LINE_BYTES, swizzled
 from ..tuning import generation
 from .contract import MatmulProblem, QuantizedWeight
 from .formats import quantize_rows
-from .row_tiles import (
-    LINE_BYTES,
-    STAGED_BYTES,
-    Item,
-    Items,
-    Sizes,
-    is_fp8,
-    operands,
-    scaled,
-    store_rows,
-    stored_as,
-    swizzled,
-)
+from .row_tiles import STAGED_BYTES, Item, Items, Sizes, drain, is_fp8, operands, scaled, store_rows, stored_as
 
 ROW_TILES = (16, 32, 64, 128, 256)
 CHANNELS = 128  # lanes of tensor memory
@@ -215,11 +204,11 @@ def _body(
 
     @pl.when(warpgroup == _LOADS)
     def _() -> None:
-        items.visit(load)
+        drain(free, items.visit(load), sizes.stages)
 
     @pl.when(warpgroup == _MULTIPLIES)
     def _() -> None:
-        items.visit(multiply)
+        drain(stored, lax.div(items.visit(multiply), items.num_steps), 2)
 
     @pl.when(warpgroup == _STORES)
     def _() -> None:

@@ -33,6 +33,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Int32
 
+from ..mosaic import swizzled
 from .contract import QuantizedWeight, Storage, WeightFormat
 from .hopper_decode import ROWS, decoder, in_order_of_pairs, offsets_of, operand, scales_of, words_of
 from .hopper_tiles import (
@@ -46,7 +47,6 @@ from .hopper_tiles import (
     full_barrier,
     launch,
     shared_by,
-    swizzled,
 )
 
 _PANELS = 2  # of scales in shared memory

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-LINE_BYTES = 128  # of the widest swizzle
-COLUMNS, ROWS = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)  # one number for each column, or row
+from ..mosaic import COLUMNS, ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,15 +177,6 @@ class Ring:
         """Wait until the slots of so many uses are free: nobody arrives here after the block's end."""
         for slot in range(self.slots):
             self.to_fill(uses + slot)
-
-
-def swizzled(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory [..., rows, columns] as TMA fills it and wgmma reads it."""
-    line = LINE_BYTES // jnp.dtype(dtype).itemsize
-    tiling = plgpu.TilingTransform((8, line))  # type: ignore[abstract]
-    swizzle = plgpu.SwizzleTransform(LINE_BYTES)  # type: ignore[abstract]
-    transforms = (tiling, swizzle)
-    return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
 def full_barrier(slots: int, copies: int) -> Any:

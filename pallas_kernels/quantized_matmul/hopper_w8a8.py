@@ -31,8 +31,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
+from ..mosaic import LINE_BYTES, swizzled
 from .hopper_tiles import (
-    LINE_BYTES,
     Parts,
     Ring,
     Tile,
@@ -43,7 +43,6 @@ from .hopper_tiles import (
     full_barrier,
     launch,
     shared_by,
-    swizzled,
 )
 
 

@@ -12,13 +12,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Shaped
 
+from ..mosaic import TILED_ROWS, store
 from ..tuning import tuned
 from .contract import WeightFormat
 
-LINE_BYTES = 128  # of `in` in one step: the widest swizzle
-# Rows of shared memory that are tiled together. TMA copies whole such tiles of an array: from a row within one it takes
-# that row's place in each, and zeros past its end, and nothing says so.
-TILED_ROWS = 8
 STAGED_BYTES = 32 * 1024  # of output in shared memory, at most
 
 
@@ -123,8 +120,8 @@ class Items:
     num_steps: int
     sizes: Sizes
 
-    def visit(self, fn: Callable[[Item], None]) -> None:
-        """Calls fn for every item in turn."""
+    def visit(self, fn: Callable[[Item], None]) -> jax.Array:
+        """Calls fn for every item in turn; the steps of all of them."""
         num_items = self.num_tiles * self.num_out
         block, blocks = lax.axis_index("block"), self.sizes.blocks
 
@@ -140,13 +137,20 @@ class Items:
             fn(Item(steps_before, steps, group, start, (own[0], own[1]), first + lax.rem(rest, width)))
             return steps_before + steps
 
-        lax.fori_loop(0, lax.div(num_items - block + blocks - 1, blocks), one, jnp.int32(0))
+        steps: jax.Array = lax.fori_loop(0, lax.div(num_items - block + blocks - 1, blocks), one, jnp.int32(0))
+        return steps
 
 
-def swizzled(shape: tuple[int, ...], dtype: DTypeLike) -> Any:
-    """A tile of shared memory [..., rows, LINE_BYTES] as TMA fills it and tensor cores read it."""
-    tiling = plgpu.TilingTransform((TILED_ROWS, shape[-1]))  # type: ignore[abstract]  # a Protocol's empty body
-    return plgpu.SMEM(shape, jnp.dtype(dtype), transforms=(tiling, plgpu.SwizzleTransform(LINE_BYTES)))  # type: ignore[abstract]
+def drain(freed: Any, uses: jax.Array, num_slots: int) -> None:
+    """Wait for the last arrivals at the slots of a ring that was used so often: none comes after the block's end.
+
+    Who fills a ring waits before each use but a slot's first, which leaves the last of every slot.
+    """
+    for slot in range(num_slots):
+
+        @pl.when(uses + slot >= num_slots)
+        def _(slot: int = slot) -> None:
+            plgpu.barrier_wait(freed.at[lax.rem(uses + slot, num_slots)])
 
 
 def scaled(piece: jax.Array, row_scales: Any, channel_scales: Any, layout: Any) -> jax.Array:
@@ -173,7 +177,7 @@ def store_rows(
     piece = piece.astype(staged.dtype)
     if staged.dtype == jnp.float32:  # stmatrix transposes 16 bits only
         piece = plgpu.layout_cast(piece, transposed)
-    _store_unoptimized(staged.transpose((1, 0)), piece)
+    store(staged.transpose((1, 0)), piece)
     plgpu.commit_smem()
 
     @pl.when(end - first == num_staged)
@@ -185,10 +189,3 @@ def store_rows(
         @pl.loop(first, end)
         def _(row: jax.Array) -> None:
             plgpu.copy_smem_to_gmem(staged.at[pl.ds(row, 1)], out.at[pl.ds(start + row, 1), channels])
-
-
-def _store_unoptimized(target: Any, value: jax.Array) -> None:
-    if hasattr(plgpu, "store"):
-        plgpu.store(target, value, optimized=False)
-    else:  # jax 0.11, whose plain stores may have bank conflicts
-        target[...] = value

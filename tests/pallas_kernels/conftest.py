@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from millrace.pallas_kernels.quantized_matmul.row_tiles import TILED_ROWS
+from millrace.pallas_kernels.mosaic import TILED_ROWS
 
 
 @pytest.fixture

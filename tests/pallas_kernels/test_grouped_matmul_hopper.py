@@ -15,9 +15,10 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.pallas_kernels.grouped_matmul import GroupedMatmulProblem, grouped_matmul, hopper, hopper_a16
+from millrace.pallas_kernels.mosaic import TILED_ROWS
 from millrace.pallas_kernels.quantized_matmul import FORMATS, QuantizedWeight, WeightFormat
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, quantize, quantize_rows
-from millrace.pallas_kernels.quantized_matmul.row_tiles import TILED_ROWS, Sizes, mean_tile_rows, work_list
+from millrace.pallas_kernels.quantized_matmul.row_tiles import Sizes, mean_tile_rows, work_list
 
 pytestmark = pytest.mark.usefixtures("tma_of_tiled_rows")
 
@@ -137,7 +138,7 @@ def test_every_tile_of_rows_serves_every_grouping(grouping: str, rows: int, is_f
 WORK_LIST = jax.jit(work_list, static_argnums=(1, 2))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 40), min_size=6, max_size=6), st.sampled_from([8, 16, 64]))
 def test_the_work_list_gives_every_row_to_a_whole_tile_of_its_group(group_sizes: list[int], tile_rows: int) -> None:
     num_rows = 240

@@ -255,7 +255,7 @@ def test_items_cover_every_visible_key_of_a_slot_once(page: int, window: int | N
     units, split = Units(page), Split(MOST, 2)
     find = jax.jit(functools.partial(item_of, place=Place(units, window), split=split))
 
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     @given(st.integers(0, 700))
     def hold(num_keys: int) -> None:
         first, end, num_items = (np.asarray(x) for x in find(jnp.int32(num_keys), np.arange(MOST + 1, dtype=np.int32)))
@@ -278,7 +278,7 @@ def test_tiles_cover_every_query_of_every_chunk_once(tile_queries: int, window: 
     def make(batch: PagedBatch, query_lens: jax.Array) -> Any:
         return make_tiles(batch, query_lens, NUM_ROWS, tile_queries, place)
 
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     @given(st.lists(st.tuples(st.integers(0, 26), st.integers(0, 90)), min_size=NUM_SLOTS, max_size=NUM_SLOTS))
     def hold(slots: list[tuple[int, int]]) -> None:
         query_lens = np.array([queries if queries > 1 else 0 for queries, _ in slots], np.int32)

@@ -9,7 +9,7 @@ from millrace.runtime.buckets import Bucket, make_buckets, pick
 
 
 @given(num_slots=st.integers(1, 5000), surplus=st.integers(1, 5000), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_step_has_a_bucket_of_the_smallest_size(num_slots: int, surplus: int, data: st.DataObject) -> None:
     max_step_tokens = num_slots + surplus
     buckets = make_buckets(num_slots, max_step_tokens)

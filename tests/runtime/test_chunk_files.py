@@ -60,7 +60,7 @@ def reads(draw: st.DrawFn) -> tuple[tuple[int, ...], tuple[int, ...], tuple[slic
 
 
 @WAYS
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(case=reads(), dtype=st.sampled_from([np.float32, ml_dtypes.bfloat16, np.int8]))
 def test_any_region_is_what_tensorstore_wrote(direct: bool, case: Any, dtype: Any, tmp_path: Path) -> None:
     shape, chunks, region = case

@@ -66,7 +66,7 @@ def test_a_piece_says_which_weights_made_its_tokens_and_the_whole_the_last_of_th
 
 
 @given(places=st.lists(st.integers(0, 200), max_size=12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_pieces_make_the_text_however_the_steps_cut_it(byte_level: Tokenizer, places: list[int]) -> None:
     ids = byte_level.encode(TEXT, add_special_tokens=False)
     pieces = play(make_request(), byte_level, *cut(ids, places))
@@ -76,7 +76,7 @@ def test_the_pieces_make_the_text_however_the_steps_cut_it(byte_level: Tokenizer
 
 
 @given(places=st.lists(st.integers(0, 200), max_size=12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_stop_string_ends_tokens_and_text_at_the_same_place_however_the_steps_cut_it(
     byte_level: Tokenizer, places: list[int]
 ) -> None:

@@ -123,7 +123,9 @@ def streamed(open_tiny: OpenTiny, store: Path, decoder: AbstractDecoder) -> Runt
 # ---- what comes in
 
 
-@pytest.mark.parametrize("mesh", [{}, {"data": 2, "tensor": 2}], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    "mesh", [{}, pytest.param({"data": 2, "tensor": 2}, marks=pytest.mark.large)], ids=["one device", "mesh"]
+)
 def test_updated_weights_give_the_tokens_of_a_runtime_opened_with_them(
     open_tiny: OpenTiny,
     arrays: dict[str, np.ndarray],

@@ -65,6 +65,7 @@ def test_72_devices_give_the_tokens_of_one_in_every_mesh(
     assert others == [one] * 2
 
 
+@pytest.mark.large
 def test_72_devices_of_one_expert_axis_give_the_tokens_of_one(fixture_checkpoints: Path, tmp_path: Path) -> None:
     config = {**open_checkpoint(fixture_checkpoints / "qwen3_moe_norm").config, "num_hidden_layers": 1}
     one, rack = over_devices(72, config, [{}, {"expert": 72}], tmp_path)

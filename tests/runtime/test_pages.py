@@ -74,7 +74,7 @@ def test_a_digest_depends_on_the_version_of_the_weights() -> None:
 
 
 @given(num_pages=st.integers(1, 6), data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pages_are_free_owned_or_shared_and_found_by_their_own_content_alone(
     num_pages: int, data: st.DataObject
 ) -> None:

@@ -252,6 +252,7 @@ def test_int4_on_a_mesh_and_streamed_gives_the_tokens_of_one_device(
     np.testing.assert_allclose(scores(found), scores(int4), atol=1e-4)
 
 
+@pytest.mark.large
 def test_int8_on_a_mesh_differs_by_the_rounding_of_activations_alone(
     made: Callable[[str], Store], open_tiny: OpenTiny
 ) -> None:

@@ -235,7 +235,7 @@ def plays(draw: st.DrawFn) -> Play:
 
 
 @given(plays())
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=250, suppress_health_check=[HealthCheck.too_slow])
 def test_every_sequence_ends_with_its_own_tokens_and_no_page_is_leaked(play: Play) -> None:
     scheduler, sequences, _ = play.run()
     for number, sequence in enumerate(sequences):
@@ -253,7 +253,7 @@ def test_every_sequence_ends_with_its_own_tokens_and_no_page_is_leaked(play: Pla
 
 
 @given(plays())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 def test_what_starts_before_a_drained_update_ends_on_the_old_weights(play: Play) -> None:
     play.updates = dict.fromkeys(play.updates, "drain")
     for sequence in play.run()[1]:
@@ -261,7 +261,7 @@ def test_what_starts_before_a_drained_update_ends_on_the_old_weights(play: Play)
 
 
 @given(plays())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 def test_the_same_traffic_gives_the_same_plans(play: Play) -> None:
     first, second = ([_summary(plan) for plan in play.run()[2]] for _ in range(2))
     assert first == second

@@ -92,7 +92,7 @@ def stream_of(runtime: Runtime) -> WeightStream:
     return params.stream
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module", params=[pytest.param("dense", marks=pytest.mark.large), "sliding window", "experts"])
 def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
