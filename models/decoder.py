@@ -17,13 +17,12 @@ from ..sharding.specs import ParamSpec, SpecTree
 from .attention import Attention
 from .config import LayerSpec, MlpSpec, ModelConfig, Stage
 from .embedding import Embedding
-from .linear import InStack, Projection
+from .linear import InStack, Linear, Projection
 from .mlp import Mlp
 from .moe import Moe
 from .norm import RMSNorm
 from .step import Step
 
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 LAYERS_SCOPE = "layers"  # in the names that compiled programs and profiles give to what a layer does
 
 type Params = dict[str, Any]  # a nested dict of arrays: modules define, pure dicts travel
@@ -110,10 +109,8 @@ class Decoder(nnx.Module):
         """The head: final norm, projection to the vocabulary in float32, soft cap."""
         x = self.final_norm(x)
         if self.config.tie_embeddings:
-            is_partitioned = step.placement.mesh.size > 1
-            logits = matmul(
-                x, self.embed.weight[...], kernels=step.kernels, out_dtype=jnp.float32, is_partitioned=is_partitioned
-            )
+            table, out_dtype = self.embed.weight[...], jnp.float32
+            logits = matmul(x, table, kernels=step.kernels, out_dtype=out_dtype, is_partitioned=step.is_partitioned)
         else:
             logits = self.head.project(x, step, jnp.float32)
         cap = self.config.final_soft_cap
@@ -136,20 +133,18 @@ def _scan_stage(
     stage: Stage, stacked: Sequence[Layer], x: Float[Array, "R T D"], cache: KvCache[Array] | None, step: Step
 ) -> tuple[Float[Array, "R T D"], KvCache[Array] | None]:
     graphs, states = zip(*(nnx.split(layer) for layer in stacked), strict=True)
-    flat = [dict(nnx.to_flat_state(state)) for state in states]
+    flat = [{path: param.get_value() for path, param in nnx.to_flat_state(state)} for state in states]
     # Gradients of a stack would be as large as the stack in every turn of the scan; only serving has a cache.
     keeps_stacks = step.kernels.platform == "cpu" and cache is not None
-    whole = [{path: p.get_value() for path, p in each.items() if keeps_stacks and _is_weight(path)} for each in flat]
-    scanned = [
-        {path: p.get_value() for path, p in each.items() if path not in kept}
-        for each, kept in zip(flat, whole, strict=True)
-    ]
+    kept = [_linear_weights(layer) if keeps_stacks else frozenset() for layer in stacked]
+    whole = [{path: each[path] for path in paths} for each, paths in zip(flat, kept, strict=True)]
+    scanned = [{path: each[path] for path in each.keys() - paths} for each, paths in zip(flat, kept, strict=True)]
 
     def period(carry: tuple[Array, KvCache[Array] | None], xs: tuple[list[Any], Array, Array]) -> Any:
         arrays, repeat, first = xs
         layers = []
-        for graph, kept, mine in zip(graphs, whole, arrays, strict=True):
-            params = mine | {path: InStack(stack, repeat) for path, stack in kept.items()}
+        for graph, stacks, mine in zip(graphs, whole, arrays, strict=True):
+            params = mine | {path: InStack(stack, repeat) for path, stack in stacks.items()}
             layers.append(nnx.merge(graph, unflatten_mapping(params)))
         return run_period(layers, *carry, first, step), None
 
@@ -159,9 +154,11 @@ def _scan_stage(
     return x, cache
 
 
-def _is_weight(path: tuple[Any, ...]) -> bool:
-    """Whether a parameter of a layer is one of the arrays of a linear layer's weight."""
-    return path[0] in ("attention", "mlp") and len(path) == 3 and path[2] != "bias" and path[1] in PROJECTIONS
+def _linear_weights(layer: Layer) -> frozenset[tuple[Any, ...]]:
+    """The paths of the arrays that the weights of a layer's linear layers are made of."""
+    linear = {path for path, module in nnx.iter_modules(layer) if isinstance(module, Linear)}
+    paths = (path for path, _ in nnx.to_flat_state(nnx.state(layer)))
+    return frozenset(path for path in paths if path[:-1] in linear and path[-1] != "bias")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Projection(nnx.Module):
         summed over tensor.
         """
         if self.format is None:
-            is_partitioned = step.placement.mesh.size > 1
+            is_partitioned = step.is_partitioned
             return matmul(x, self.value, kernels=step.kernels, out_dtype=out_dtype, is_partitioned=is_partitioned)
         out_axis, in_axis = self.weight.get_metadata("axes")
         rows: Axes = ("shard", "tokens") if x.ndim == 3 else (None,) * (x.ndim - 1)

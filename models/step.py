@@ -34,6 +34,11 @@ class Step:
     attend: Attend
     ropes: Mapping[RopeSpec, RopeTable]
 
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether XLA splits over several devices what is not mapped over shards."""
+        return self.placement.mesh.size > 1
+
 
 def rope_tables(config: ModelConfig, positions: Int[Array, "R T"], max_context_len: int) -> dict[RopeSpec, RopeTable]:
     """One table for each distinct rope of the model."""

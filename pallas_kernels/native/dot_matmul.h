@@ -57,17 +57,18 @@ void prepare_row(const Matmul& problem, int64_t row, const Rows& to) {
   }
 }
 
-// Prepares every row, on several threads where there is enough to do.
+// Prepares all activations, `unit` rows with each call, on several threads where there is enough to do.
 template <class Prepare>
-void prepare_rows(const Matmul& problem, const ForEach& for_each, const Prepare& prepare) {
+void prepare_rows(const Matmul& problem, const ForEach& for_each, int64_t unit, const Prepare& prepare) {
+  const int64_t num_units = (problem.num_rows + unit - 1) / unit;
   if (problem.num_rows * problem.in_dim < kFewNumbers) {
-    for (int64_t row = 0; row < problem.num_rows; ++row) prepare(row);
+    for (int64_t number = 0; number < num_units; ++number) prepare(number);
     return;
   }
-  const int64_t at_once = std::max<int64_t>(1, kFewNumbers / 2 / problem.in_dim);
-  for_each((problem.num_rows + at_once - 1) / at_once, [&](int64_t item) {
-    const int64_t end = std::min(problem.num_rows, (item + 1) * at_once);
-    for (int64_t row = item * at_once; row < end; ++row) prepare(row);
+  const int64_t at_once = std::max<int64_t>(1, kFewNumbers / 2 / (problem.in_dim * unit));
+  for_each((num_units + at_once - 1) / at_once, [&](int64_t item) {
+    const int64_t end = std::min(num_units, (item + 1) * at_once);
+    for (int64_t number = item * at_once; number < end; ++number) prepare(number);
   });
 }
 
@@ -147,7 +148,7 @@ void dot_matmul(const Matmul& problem, const ForEach& for_each) {
   x.stride = padded(problem.in_dim * Operand::kSize, Operand::kBytes);
   x.rows = rows_scratch.at_least(problem.num_rows * x.stride);
   x.scales = reinterpret_cast<float*>(scales_scratch.at_least(problem.num_rows * sizeof(float)));
-  prepare_rows(problem, for_each, [&](int64_t row) { prepare_row<Operand>(problem, row, x); });
+  prepare_rows(problem, for_each, 1, [&](int64_t row) { prepare_row<Operand>(problem, row, x); });
   for_each((problem.out_dim + kItemRows - 1) / kItemRows, [&](int64_t item) {
     thread_local Scratch panel;
     const int64_t first = item * kItemRows, count = std::min(kItemRows, problem.out_dim - first);

@@ -1,4 +1,6 @@
 // The FFI target of a matmul with a weight: what XLA hands over, checked, and the kernel of the instruction set named.
+#include <algorithm>
+#include <optional>
 #include <string_view>
 
 #include "instruction_sets.h"

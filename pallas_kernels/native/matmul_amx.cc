@@ -4,11 +4,10 @@
 // tiles of 4-byte words [word of K, row], so the product comes out transposed, y^T [N, M]. An item is 64 rows of the
 // weight with all rows of activations.
 // Up to 16 rows of activations: four tiles of the weight meet one of activations; up to 64, one of the weight up to four
-// of activations. A plain weight is taken where it lies, once; bound by reading it (prefetch instructions made that no
-// faster). More rows: an item's weights are copied into
-// tiles that lie one after another, and two by two tiles are multiplied, each serving twice, from the second-level cache:
-// activations are taken in blocks, and while they meet an item the next item is fetched. Bound by the products, and by
-// the cache.
+// of activations. A plain weight is taken where it lies, once, and bound by reading it. More rows: an item's weights are
+// copied into tiles that lie one after another, and two by two tiles are multiplied, each serving twice, from the
+// second-level cache: activations are taken in blocks, and while they meet an item the next item is fetched. Bound by the
+// products, and by the cache.
 // Weights that are neither int8 beside rounded activations nor bfloat16 are dequantized into such tiles as bfloat16.
 
 #include "dot_matmul.h"
@@ -21,7 +20,7 @@ namespace {
 
 constexpr int64_t kTileRows = 16, kTileBytes = 64, kTile = kTileRows * kTileBytes;
 constexpr int64_t kItemTiles = 4, kRowsOfItem = kItemTiles * kTileRows;  // of the weight
-constexpr int64_t kBlockBytes = 1 << 22;  // of activations; fewer at once, and weights are read too often
+constexpr int64_t kBlockBytes = 1 << 22;  // of activations; the more at once, the less often weights are read
 constexpr int64_t kDirectTiles = 4;  // of activations that meet a plain weight where it lies
 constexpr int64_t kManyRows = 5;  // from here on tiles of dequantized weights pay
 constexpr int64_t kManyRounded = 9;  // where 4-bit weights meet int8 without
@@ -187,14 +186,14 @@ void pack_tile(const Matmul& problem, int64_t tile, const PackedRows& x) {
       std::memset(mine, 0, row_bytes);
       continue;
     }
-    widen<Avx512>(problem.x_type, problem.x + row * width * bytes_of(problem.x_type), width, wide);
+    widen<Avx512Bf16>(problem.x_type, problem.x + row * width * bytes_of(problem.x_type), width, wide);
     std::memset(wide + width, 0, (room - width) * sizeof(float));
     if constexpr (Tiles::kIsInt8) {
-      x.scales[row] = round_to_int8<Avx512>(wide, room, reinterpret_cast<int8_t*>(mine));
+      x.scales[row] = round_to_int8<Avx512Bf16>(wide, room, reinterpret_cast<int8_t*>(mine));
     } else {
-      if (problem.rounds_x) round_and_back<Avx512>(wide, width, problem.weight.num_groups);
+      if (problem.rounds_x) round_and_back<Avx512Bf16>(wide, width, problem.weight.num_groups);
       Order::reorder(wide, room);
-      narrow<Avx512>(Type::kBfloat16, wide, room, mine);
+      narrow<Avx512Bf16>(Type::kBfloat16, wide, room, mine);
     }
   }
   uint8_t* to = x.tiles + tile * x.num_steps * x.tile_bytes();
@@ -224,14 +223,12 @@ void write_tile(const Matmul& problem, const PackedRows& x, const uint8_t* sums,
                                _mm512_loadu_ps(channel_scales));
     }
     uint8_t* to = problem.out + ((row + m) * problem.out_dim + first) * size;
-    if (count == kTileRows && problem.out_type == Type::kBfloat16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(products));
-    } else if (count == kTileRows) {
-      store_as<Avx512>(problem.out_type, to, products);
+    if (count == kTileRows) {
+      store_as<Avx512Bf16>(problem.out_type, to, products);
     } else {
       alignas(64) float rest[kTileRows];
       _mm512_store_ps(rest, products);
-      narrow<Avx512>(problem.out_type, rest, count, to);
+      narrow<Avx512Bf16>(problem.out_type, rest, count, to);
     }
   }
 }
@@ -252,7 +249,7 @@ void write_columns(const Matmul& problem, const PackedRows& x, const uint8_t* su
         std::memcpy(&products[n], at, 4);
       }
     }
-    narrow<Avx512>(problem.out_type, products, count,
+    narrow<Avx512Bf16>(problem.out_type, products, count,
                    problem.out + (m * problem.out_dim + first) * bytes_of(problem.out_type));
   }
 }
@@ -340,8 +337,9 @@ void amx_item(const Matmul& problem, const PackedRows& x, int64_t item, int64_t 
   } else if (x.num_tiles <= kDirectTiles) {
     some_rows<Tiles>(problem, x, weight, first, count, channel_scales);
   } else {
-    const int64_t row_bytes = problem.weight.row_bytes, next = first + num_threads * kRowsOfItem;
-    const int64_t num_next = std::clamp<int64_t>(problem.out_dim - next, 0, kRowsOfItem);
+    const int64_t row_bytes = problem.weight.row_bytes;
+    const int64_t next = std::min(problem.out_dim, first + num_threads * kRowsOfItem);
+    const int64_t num_next = std::min(problem.out_dim - next, kRowsOfItem);
     const uint8_t* from = problem.weight.values + next * row_bytes;
     const int64_t num_steps = (end - begin + 1) / 2 * 2 * x.num_steps;
     many_rows<Tiles>(problem, x, weight, first, count, channel_scales, begin, end,
@@ -359,11 +357,7 @@ void tile_matmul(const Matmul& problem, const ForEach& for_each) {
   x.num_tiles = (problem.num_rows + kTileRows - 1) / kTileRows;
   x.tiles = rows_scratch.at_least(x.num_tiles * x.num_steps * x.tile_bytes());
   x.scales = reinterpret_cast<float*>(scales_scratch.at_least(problem.num_rows * sizeof(float)));
-  if (problem.num_rows * problem.in_dim < kFewNumbers) {
-    for (int64_t tile = 0; tile < x.num_tiles; ++tile) pack_tile<Tiles, Order>(problem, tile, x);
-  } else {
-    for_each(x.num_tiles, [&](int64_t tile) { pack_tile<Tiles, Order>(problem, tile, x); });
-  }
+  prepare_rows(problem, for_each, x.columns, [&](int64_t tile) { pack_tile<Tiles, Order>(problem, tile, x); });
   const int64_t num_items = (problem.out_dim + kRowsOfItem - 1) / kRowsOfItem;
   const int64_t num_blocks = (x.num_tiles * x.num_steps * x.tile_bytes() + kBlockBytes - 1) / kBlockBytes;
   const int64_t tiles_of_block = padded((x.num_tiles + num_blocks - 1) / num_blocks, 2);

@@ -7,7 +7,7 @@ namespace millrace {
 namespace {
 
 struct Bfloat16Operand {
-  using Simd = Avx512;
+  using Simd = Avx512Bf16;
   using Vector = __m512i;
   static constexpr bool kIsInt8 = false;
   static constexpr Storage kStorage = Storage::kBfloat16;
@@ -16,7 +16,7 @@ struct Bfloat16Operand {
   static Vector load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Vector load_row(const uint8_t* p) { return load(p); }
   static void from_floats(const float* wide, int64_t count, uint8_t* to) {
-    narrow<Avx512>(Type::kBfloat16, wide, count, to);
+    narrow<Avx512Bf16>(Type::kBfloat16, wide, count, to);
   }
 
   struct Shared {
@@ -32,7 +32,7 @@ struct Bfloat16Operand {
 // 4-bit weights times bfloat16 activations. A 16-bit word has four nibbles; a table of 32 words turns one of each, the
 // fifth bit of the index, which is the next nibble's, choosing between two halves alike.
 struct Nibbles16 {
-  using Simd = Avx512;
+  using Simd = Avx512Bf16;
   static constexpr bool kRoundsRows = false;
   static constexpr int64_t kRowBytes = 256;  // of a chunk of prepared activations
 
@@ -59,7 +59,7 @@ struct Nibbles16 {
   static void place_row(const float* values, uint8_t* to) {
     alignas(64) float parts[128];
     for (int i = 0; i < 128; ++i) parts[i % 4 * 32 + i / 4] = values[i];
-    narrow<Avx512>(Type::kBfloat16, parts, 128, to);
+    narrow<Avx512Bf16>(Type::kBfloat16, parts, 128, to);
   }
 };
 

@@ -95,37 +95,45 @@ struct LaneScales {
   }
 };
 
-// products[m * kItemRows] for kM rows of activations and one of the weight, which is read from its first byte to its last.
-template <class Nibbles, int kM>
-void nibble_dots(const Matmul& problem, int64_t weight_row, const ChunkRow<Nibbles>* x, float* products) {
+// Calls body(chunk, its bytes, scales, shifts) for every chunk of a row of the weight, scales and shifts lane by lane.
+template <class Body>
+void for_each_chunk(const Matmul& problem, int64_t row, const Body& body) {
   const Weight& weight = problem.weight;
   const int64_t num_chunks = problem.in_dim / kChunk, groups_of_chunk = weight.num_groups / num_chunks;
-  const uint8_t* values = weight.values + weight_row * weight.row_bytes;
+  const uint8_t* values = weight.values + row * weight.row_bytes;
   const __m512i step = _mm512_set1_epi32(static_cast<int>(groups_of_chunk));
-  __m512 sums[kM];
-  for (int m = 0; m < kM; ++m) sums[m] = _mm512_setzero_ps();
   const int64_t chunks_at_once = 16 / groups_of_chunk;  // whose groups fill a vector
   for (int64_t begin = 0; begin < num_chunks; begin += chunks_at_once) {
-    const LaneScales by(weight, weight_row, begin * groups_of_chunk);
+    const LaneScales by(weight, row, begin * groups_of_chunk);
     __m512i index = group_of_lane(groups_of_chunk);
     const int64_t end = std::min(num_chunks, begin + chunks_at_once);
     for (int64_t chunk = begin; chunk < end; ++chunk, index = _mm512_add_epi32(index, step)) {
-      const __m512 scales = _mm512_permutexvar_ps(index, by.scales);
-      const __m512 shifts = _mm512_permutexvar_ps(index, by.shifts);
-      _mm_prefetch(values + chunk * (kChunk / 2) + kAhead, _MM_HINT_T0);
-      const typename Nibbles::Chunk codes = Nibbles::load(values + chunk * (kChunk / 2));
-      for (int m = 0; m < kM; ++m) {
-        const ChunkRow<Nibbles>& row = x[m * num_chunks + chunk];
-        __m512 product = _mm512_mul_ps(shifts, _mm512_load_ps(row.sums));
-        product = _mm512_fmadd_ps(scales, Nibbles::dot(codes, row.values), product);
-        if constexpr (Nibbles::kRoundsRows) {
-          sums[m] = _mm512_fmadd_ps(product, _mm512_load_ps(row.scales), sums[m]);
-        } else {
-          sums[m] = _mm512_add_ps(sums[m], product);
-        }
-      }
+      const uint8_t* codes = values + chunk * (kChunk / 2);
+      _mm_prefetch(codes + kAhead, _MM_HINT_T0);
+      body(chunk, codes, _mm512_permutexvar_ps(index, by.scales), _mm512_permutexvar_ps(index, by.shifts));
     }
   }
+}
+
+// products[m * kItemRows] for kM rows of activations and one of the weight, which is read from its first byte to its last.
+template <class Nibbles, int kM>
+void nibble_dots(const Matmul& problem, int64_t weight_row, const ChunkRow<Nibbles>* x, float* products) {
+  const int64_t num_chunks = problem.in_dim / kChunk;
+  __m512 sums[kM];
+  for (int m = 0; m < kM; ++m) sums[m] = _mm512_setzero_ps();
+  for_each_chunk(problem, weight_row, [&](int64_t chunk, const uint8_t* bytes, __m512 scales, __m512 shifts) {
+    const typename Nibbles::Chunk codes = Nibbles::load(bytes);
+    for (int m = 0; m < kM; ++m) {
+      const ChunkRow<Nibbles>& row = x[m * num_chunks + chunk];
+      __m512 product = _mm512_mul_ps(shifts, _mm512_load_ps(row.sums));
+      product = _mm512_fmadd_ps(scales, Nibbles::dot(codes, row.values), product);
+      if constexpr (Nibbles::kRoundsRows) {
+        sums[m] = _mm512_fmadd_ps(product, _mm512_load_ps(row.scales), sums[m]);
+      } else {
+        sums[m] = _mm512_add_ps(sums[m], product);
+      }
+    }
+  });
   for (int m = 0; m < kM; ++m) products[m * kItemRows] = _mm512_reduce_add_ps(sums[m]);
 }
 
@@ -140,7 +148,7 @@ void nibble_matmul(const Matmul& problem, const ForEach& for_each) {
   const int64_t num_chunks = problem.in_dim / kChunk;
   auto* x = reinterpret_cast<ChunkRow<Nibbles>*>(
       scratch.at_least(problem.num_rows * num_chunks * sizeof(ChunkRow<Nibbles>)));
-  prepare_rows(problem, for_each, [&](int64_t row) { prepare_chunks(problem, row, x + row * num_chunks); });
+  prepare_rows(problem, for_each, 1, [&](int64_t row) { prepare_chunks(problem, row, x + row * num_chunks); });
   for_each((problem.out_dim + kItemRows - 1) / kItemRows, [&](int64_t item) {
     const int64_t first = item * kItemRows, count = std::min(kItemRows, problem.out_dim - first);
     float products[4 * kItemRows];
@@ -152,8 +160,8 @@ void nibble_matmul(const Matmul& problem, const ForEach& for_each) {
       if (num_rows == 2) nibble_item<Nibbles, 2>(problem, first, count, mine, products);
       if (num_rows == 1) nibble_item<Nibbles, 1>(problem, first, count, mine, products);
       for (int64_t m = 0; m < num_rows; ++m)
-        narrow<Avx512>(problem.out_type, products + m * kItemRows, count,
-                       problem.out + ((row + m) * problem.out_dim + first) * bytes_of(problem.out_type));
+        narrow<typename Nibbles::Simd>(problem.out_type, products + m * kItemRows, count,
+                                       problem.out + ((row + m) * problem.out_dim + first) * bytes_of(problem.out_type));
     }
   });
 }

@@ -53,7 +53,6 @@ struct Avx512 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(x)));
   }
 
-  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -64,6 +63,15 @@ struct Avx512 {
   }
   static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 };
+
+#ifdef __AVX512BF16__
+// Where an instruction rounds to bfloat16 (and numbers below 2^-126 to zero).
+struct Avx512Bf16 : Avx512 {
+  static void store_bfloat16(uint8_t* p, Floats x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+  }
+};
+#endif
 
 }  // namespace
 }  // namespace millrace

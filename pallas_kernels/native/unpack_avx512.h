@@ -20,7 +20,7 @@ struct PlainOrder {
     dequantize_row<Avx512>(problem.weight, row, problem.in_dim, wide);
     std::memset(wide + problem.in_dim, 0, (room - problem.in_dim) * sizeof(float));
     for (int64_t step = 0; step < num_steps; ++step)
-      narrow<Avx512>(Type::kBfloat16, wide + step * 32, 32, to + step * step_stride);
+      narrow<Avx512Bf16>(Type::kBfloat16, wide + step * 32, 32, to + step * step_stride);
   }
 };
 
@@ -37,29 +37,18 @@ struct NibbleOrder {
     }
   }
   static void dequantize(const Matmul& problem, int64_t row, Scratch&, int64_t, uint8_t* to, int64_t step_stride) {
-    const Weight& weight = problem.weight;
-    const int64_t num_chunks = problem.in_dim / kChunk, groups_of_chunk = weight.num_groups / num_chunks;
-    const __m512i lanes = group_of_lane(groups_of_chunk);
     const __m512 table = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const int64_t chunks_at_once = 16 / groups_of_chunk;
-    for (int64_t begin = 0; begin < num_chunks; begin += chunks_at_once) {
-      const LaneScales by(weight, row, begin * groups_of_chunk);
-      for (int64_t chunk = begin; chunk < std::min(num_chunks, begin + chunks_at_once); ++chunk) {
-        const __m512i index =
-            _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>((chunk - begin) * groups_of_chunk)));
-        const __m512 scales = _mm512_permutexvar_ps(index, by.scales);
-        const __m512 shifts = _mm512_permutexvar_ps(index, by.shifts);
-        __m512i words = _mm512_loadu_si512(weight.values + row * weight.row_bytes + chunk * (kChunk / 2));
-        for (int t = 0; t < 8; t += 2) {
-          // The permutation reads the lowest four bits of each lane alone.
-          const __m512 first = _mm512_fmadd_ps(_mm512_permutexvar_ps(words, table), scales, shifts);
-          words = _mm512_srli_epi32(words, 4);
-          const __m512 second = _mm512_fmadd_ps(_mm512_permutexvar_ps(words, table), scales, shifts);
-          words = _mm512_srli_epi32(words, 4);
-          _mm512_storeu_si512(to + (chunk * 4 + t / 2) * step_stride, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-        }
+    for_each_chunk(problem, row, [&](int64_t chunk, const uint8_t* codes, __m512 scales, __m512 shifts) {
+      __m512i words = _mm512_loadu_si512(codes);
+      for (int t = 0; t < 8; t += 2) {
+        // The permutation reads the lowest four bits of each lane alone.
+        const __m512 first = _mm512_fmadd_ps(_mm512_permutexvar_ps(words, table), scales, shifts);
+        words = _mm512_srli_epi32(words, 4);
+        const __m512 second = _mm512_fmadd_ps(_mm512_permutexvar_ps(words, table), scales, shifts);
+        words = _mm512_srli_epi32(words, 4);
+        _mm512_storeu_si512(to + (chunk * 4 + t / 2) * step_stride, (__m512i)_mm512_cvtne2ps_pbh(second, first));
       }
-    }
+    });
   }
 };
 
