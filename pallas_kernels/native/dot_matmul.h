@@ -134,8 +134,8 @@ void write_products(const Matmul& problem, const Rows& x, int64_t row, int64_t n
   const int64_t size = bytes_of(problem.out_type);
   for (int64_t m = 0; m < num_rows; ++m) {
     float* mine = products + m * kItemRows;
-    if constexpr (Operand::kIsInt8)
-      for (int64_t n = 0; n < count; ++n) mine[n] = mine[n] * x.scales[row + m] * channel_scales[n];
+    const float row_scale = Operand::kIsInt8 ? x.scales[row + m] : 1.0f;
+    for (int64_t n = 0; n < count; ++n) mine[n] = mine[n] * row_scale * channel_scales[n];
     narrow<typename Operand::Simd>(problem.out_type, mine, count,
                                    problem.out + ((row + m) * problem.out_dim + first) * size);
   }
@@ -154,8 +154,7 @@ void dot_matmul(const Matmul& problem, const ForEach& for_each) {
     const int64_t first = item * kItemRows, count = std::min(kItemRows, problem.out_dim - first);
     const uint8_t* weight = operands<Operand>(problem, first, count, x.stride, panel);
     float channel_scales[kItemRows];
-    if constexpr (Operand::kIsInt8)
-      for (int64_t n = 0; n < count; ++n) channel_scales[n] = group_scale(problem.weight, first + n, 0).scale;
+    product_scales(problem.weight, first, count, channel_scales);
     float products[4 * kItemRows];
     for (int64_t row = 0; row < problem.num_rows;) {
       const int64_t num_rows = std::min<int64_t>(problem.num_rows - row, Operand::kColumnsAtOnce);

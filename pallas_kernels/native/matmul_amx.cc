@@ -219,9 +219,9 @@ void write_tile(const Matmul& problem, const PackedRows& x, const uint8_t* sums,
     __m512 products = _mm512_load_ps(turned + m * kTileBytes);
     if constexpr (Tiles::kIsInt8) {
       products = _mm512_cvtepi32_ps(_mm512_castps_si512(products));
-      products = _mm512_mul_ps(_mm512_mul_ps(products, _mm512_set1_ps(x.scales[row + m])),
-                               _mm512_loadu_ps(channel_scales));
+      products = _mm512_mul_ps(products, _mm512_set1_ps(x.scales[row + m]));
     }
+    products = _mm512_mul_ps(products, _mm512_loadu_ps(channel_scales));
     uint8_t* to = problem.out + ((row + m) * problem.out_dim + first) * size;
     if (count == kTileRows) {
       store_as<Avx512Bf16>(problem.out_type, to, products);
@@ -244,10 +244,11 @@ void write_columns(const Matmul& problem, const PackedRows& x, const uint8_t* su
       if constexpr (Tiles::kIsInt8) {
         int32_t sum;
         std::memcpy(&sum, at, 4);
-        products[n] = static_cast<float>(sum) * x.scales[m] * channel_scales[n];
+        products[n] = static_cast<float>(sum) * x.scales[m];
       } else {
         std::memcpy(&products[n], at, 4);
       }
+      products[n] *= channel_scales[n];
     }
     narrow<Avx512Bf16>(problem.out_type, products, count,
                    problem.out + (m * problem.out_dim + first) * bytes_of(problem.out_type));
@@ -326,8 +327,7 @@ void amx_item(const Matmul& problem, const PackedRows& x, int64_t item, int64_t 
   float channel_scales[kRowsOfItem] = {};
   const int64_t first = item * kRowsOfItem, count = std::min(kRowsOfItem, problem.out_dim - first);
   const WeightTiles weight = weight_tiles<Tiles, Order>(problem, first, count, x);
-  if constexpr (Tiles::kIsInt8)
-    for (int64_t n = 0; n < count; ++n) channel_scales[n] = group_scale(problem.weight, first + n, 0).scale;
+  product_scales(problem.weight, first, count, channel_scales);
   configure(x.columns);
   finish_stores();
   if (x.num_tiles == 1) {

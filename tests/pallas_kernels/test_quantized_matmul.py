@@ -97,9 +97,7 @@ def test_int8_weights_are_scaled_by_output_channel(kernels: KernelChoices, dtype
     x = draw(num_rows, IN, dtype=dtype)
     y = jax.jit(lambda x, w: matmul(x, w, kernels=kernels, out_dtype=jnp.float32))(x, weight)
     dense = np.float64(values) * np.float64(weight.scales)
-    # Native kernels multiply bfloat16 by dequantized weights in bfloat16, as XLA does where they lie in groups.
-    tolerance = 1e-4 if kernels is not NATIVE or dtype == "float32" else 2e-2
-    np.testing.assert_allclose(y, np.float64(x) @ dense.T, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(y, np.float64(x) @ dense.T, rtol=1e-4, atol=1e-4)
 
 
 # Of the product, relative to that of the plain weight in float32: the format's own rounding, nothing else. int8 and
