@@ -1,6 +1,6 @@
 """Implementations that are made for a generation of GPUs: their modules are imported where such a GPU is, or asked for.
 
-Pallas for GPUs alone takes as long to import as jax itself, at every start on a CPU.
+Pallas for GPUs takes long to import, and a start on a CPU needs none of it.
 """
 
 import importlib

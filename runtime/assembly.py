@@ -17,7 +17,7 @@ from ..sharding.mesh import make_mesh
 from . import host_memory
 from .artifacts import load_programs, with_options_of
 from .checkpoint import Checkpoint
-from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig
+from .config import DEFAULT_STORE_CACHE_DIR, RuntimeConfig, programs_folder
 from .cpu_kernels import prepare_kernels
 from .deployment import Deployment, deploy, platform_of
 from .distributed import check_mesh, config_facts, start
@@ -190,11 +190,6 @@ def _close_stream(loading: "Future[Params | StreamedParams]") -> None:
     """Let go of what was loaded for nothing."""
     if loading.exception() is None and isinstance(params := loading.result(), StreamedParams):
         params.stream.close()
-
-
-def programs_folder(directory: str | None) -> Path | None:
-    """Where programs are kept: what compile_cache_dir names, None where that is "", which keeps none."""
-    return None if directory == "" else Path(directory or DEFAULT_CACHE_DIR).expanduser()
 
 
 def keep_programs(directory: str | None) -> None:

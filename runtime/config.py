@@ -39,6 +39,11 @@ DEFAULT_CACHE_DIR = Path("~/.cache/millrace/programs")
 DEFAULT_STORE_CACHE_DIR = Path("~/.cache/millrace/stores")
 
 
+def programs_folder(directory: str | None) -> Path | None:
+    """Where programs are kept: what compile_cache_dir names, None where that is "", which keeps none."""
+    return None if directory == "" else Path(directory or DEFAULT_CACHE_DIR).expanduser()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How a model is served. None stands for the default in the comment; `Runtime.config` holds what was chosen.

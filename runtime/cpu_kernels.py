@@ -10,16 +10,16 @@ def prepare_kernels(platform: Platform, *, show_progress: bool) -> str | None:
         return None
     reason = native.unavailable(show_progress=show_progress)
     if reason is not None:
-        return f"no native CPU kernels, XLA serves instead: {first_line(reason)}"
+        return f"no native CPU kernels, XLA serves instead: {_first_line(reason)}"
     return f"native CPU kernels for {native.library().instruction_sets[0]}" if show_progress else None
 
 
 def usable_kernels() -> tuple[str, ...] | str:
     """The instruction sets that native kernels may use here, best first, or why there are none."""
     reason = native.unavailable()
-    return native.library().instruction_sets if reason is None else first_line(reason)
+    return native.library().instruction_sets if reason is None else _first_line(reason)
 
 
-def first_line(reason: str) -> str:
+def _first_line(reason: str) -> str:
     """The reason without a compiler's command and output."""
     return reason.partition("\n")[0]

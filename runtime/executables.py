@@ -5,6 +5,7 @@ code: take them from those whom you would trust with a program.
 """
 
 import contextlib
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,11 @@ def compiler_flags() -> dict[str, str]:
     return flags
 
 
+def usable_cores() -> int:
+    """The cores that this process may run on, as XLA counts them: it splits a CPU program's loops for so many."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Mapping[str, Any]:
     """The machine's architecture and what its processor can do, which a CPU's programs may use.
 
@@ -111,7 +117,7 @@ class LoadedProgram:
 def _placed(leaf: Any, sharding: Sharding) -> jax.Array:
     if not isinstance(leaf, jax.Array):
         array = np.asarray(leaf)
-        if sharding.num_devices == 1:  # as jax does within its own calls; its device_put takes twenty times as long
+        if sharding.num_devices == 1:  # as jax does within its own calls, past all that its device_put looks at
             shape: Any = core.ShapedArray(array.shape, array.dtype)
             one: jax.Array = pxla.batched_device_put(shape, sharding, [array], list(sharding.device_set))
             return one

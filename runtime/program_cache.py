@@ -1,7 +1,7 @@
 """Programs of deployments that were opened before, found by all that they are made of: a start on a CPU traces nothing.
 
-jax's own cache saves XLA's work but not the tracing, which is most of a start; and its key is what was traced. Here it
-is what an artifact's manifest holds. A folder below `compile_cache_dir` for each deployment, a file for each program:
+jax's own cache saves XLA's work but not the tracing: its key is what was traced. Here it is what an artifact's manifest
+holds. A folder below `compile_cache_dir` for each deployment, a file for each program:
 a line of JSON, then machine code. What is missing, damaged or not taken by XLA is compiled again.
 """
 
@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from jax.stages import Compiled
 
 from .artifacts import facts_of
 from .deployment import Deployment
-from .executables import LoadedProgram, compiled_anew, serialize, used_leaves
+from .executables import LoadedProgram, compiled_anew, serialize, usable_cores, used_leaves
 from .program_specs import ProgramSpec, program_specs
 from .programs import Program, Programs, compile_each, join_programs
 
@@ -61,7 +60,7 @@ def _key(deployment: Deployment) -> str:
     facts = facts_of(deployment)
     del facts["buckets"], facts["options"]["max_step_tokens"]
     facts["optimizations"] = not jax.config.read("jax_disable_most_optimizations")
-    facts["processors"] = os.cpu_count()  # XLA splits loops for them
+    facts["cores"] = usable_cores()
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:_KEY_LEN]
 
 
@@ -76,7 +75,7 @@ def _load(specs: Mapping[str, ProgramSpec], folder: Path, before_each: Callable[
         return {}
     with contextlib.suppress(OSError):
         os.utime(folder)
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="millrace-programs") as loaders:
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="millrace-programs") as loaders:
         loaded = dict(zip(specs, loaders.map(load, specs), strict=True))
     return {name: program for name, program in loaded.items() if program is not None}
 
@@ -100,12 +99,14 @@ def _keep(file: Path, compiled: Compiled) -> None:
     """Write a program, whole or not at all."""
     content = serialize(compiled)
     head = {"sha256": hashlib.sha256(content).hexdigest(), "used": used_leaves(compiled)}
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as partial:
-            partial.write(json.dumps(head).encode() + b"\n" + content)
-        os.replace(partial.name, file)
+        partial.write_bytes(json.dumps(head).encode() + b"\n" + content)
+        os.replace(partial, file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()  # half of a program where the disk is full
         _logger.warning("%s cannot be kept, so that the next start compiles it again: %s", file, error)
 
 

@@ -108,7 +108,7 @@ uint32_t instruction_sets() {
 
 }  // namespace millrace
 
-// For build.py and its neighbour, which open the library.
+// For __init__.py, which opens the library.
 extern "C" __attribute__((visibility("default"))) void millrace_instruction_sets(uint32_t* of_cpu, uint32_t* usable) {
   *of_cpu = millrace::cpu_instruction_sets();
   *usable = millrace::instruction_sets();

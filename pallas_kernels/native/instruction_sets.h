@@ -1,4 +1,4 @@
-// Which instruction sets may run here; each holds all those before it, as build.py's table has them.
+// Which instruction sets may run here; each holds all those before it, as compiler.py's table has them.
 #ifndef MILLRACE_NATIVE_INSTRUCTION_SETS_H_
 #define MILLRACE_NATIVE_INSTRUCTION_SETS_H_
 

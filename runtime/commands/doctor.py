@@ -164,7 +164,9 @@ def _native_kernels(_: "RuntimeConfig") -> Iterator[Finding]:
 
 
 def _compile_cache(config: "RuntimeConfig") -> Iterator[Finding]:
-    folder = compile_cache_folder(config)
+    from ..config import programs_folder
+
+    folder = programs_folder(config.compile_cache_dir)
     if folder is None:
         yield Finding("warn", "compile cache", "off: every start compiles again", "leave --compile_cache_dir away")
         return
@@ -174,14 +176,6 @@ def _compile_cache(config: "RuntimeConfig") -> Iterator[Finding]:
         return
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
     yield Finding("ok", "compile cache", f"{folder}: {len(sizes)} files, {sum(sizes) / 2**20:.0f} MiB")
-
-
-def compile_cache_folder(config: "RuntimeConfig") -> Path | None:
-    """Where compiled programs are kept, None where that is off."""
-    from ..config import DEFAULT_CACHE_DIR
-
-    folder = DEFAULT_CACHE_DIR if config.compile_cache_dir is None else config.compile_cache_dir
-    return Path(folder).expanduser() if folder else None
 
 
 def _unwritable(folder: Path) -> str | None:

@@ -54,6 +54,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     from ...sharding.mesh import make_mesh
     from ..assembly import keep_programs
     from ..cpu_kernels import prepare_kernels
+    from ..deployment import platform_of
     from ..model_source import open_model
     from ..quant_eval import evaluate, make_windows
 
@@ -66,7 +67,7 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     candidates = list(_candidates(values, cache_dtypes, source.config))
     keep_programs(config.compile_cache_dir)
     mesh = make_mesh(dict(config.mesh or ()))
-    prepare_kernels("cpu" if mesh.devices.flat[0].platform == "cpu" else "gpu", show_progress=config.progress)
+    prepare_kernels(platform_of(mesh), show_progress=config.progress)
     scores = evaluate(source, config, mesh, windows, candidates)
     record = {
         "model": config.model,
