@@ -111,7 +111,7 @@ class LoadedProgram:
 def _placed(leaf: Any, sharding: Sharding) -> jax.Array:
     if not isinstance(leaf, jax.Array):
         array = np.asarray(leaf)
-        if sharding.num_devices == 1:  # as jax does within its own calls; its device_put takes twenty times as long
+        if sharding.num_devices == 1:  # as jax does within its own calls; its device_put does much more
             shape: Any = core.ShapedArray(array.shape, array.dtype)
             one: jax.Array = pxla.batched_device_put(shape, sharding, [array], list(sharding.device_set))
             return one
