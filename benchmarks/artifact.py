@@ -12,7 +12,7 @@ import sys
 import tempfile
 
 from report import report
-from startup import first_byte_s, generate_command
+from startup import fibonacci_command, first_byte_s
 
 LIMIT = 1 / 3
 
@@ -26,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         launcher = [sys.executable, "-m", "millrace.runtime.launch", "compile"]
         subprocess.run([*launcher, plain[0], "--no-progress", folder], check=True, stdout=subprocess.DEVNULL)
-        compiled = generate_command(*plain, "--max_tokens=32", "--prompt=def fibonacci(n):")
+        compiled = fibonacci_command(*plain)
         loaded = [*compiled, f"--artifact={folder}"]
         runs = [(first_byte_s(compiled), first_byte_s(loaded)) for _ in range(options.repeats)]
     times = dict(zip(("compiled", "from the artifact"), zip(*runs, strict=True), strict=True))

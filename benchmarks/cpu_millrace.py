@@ -5,13 +5,16 @@ need not compute them again; those of `prefill` are new every time.
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 import disk
+import jax
 from processes import memory, serve
 
 from millrace import Runtime, SamplingParams
 from millrace.runtime.config import RuntimeConfig
+from millrace.runtime.overrides import override
 
 MARGIN_TOKENS = 16  # steps before and behind the timed ones, in which prompts are still computed or some have ended
 
@@ -21,12 +24,9 @@ class Peer:
 
     _runtime: Runtime
 
-    def open(self, **options: Any) -> dict[str, Any]:
-        """Assemble it; `options` are RuntimeConfig's."""
-        import jax
-
-        kernels = tuple(tuple(pair) for pair in options.pop("kernels", ()))
-        self._runtime = Runtime(RuntimeConfig(**options, kernels=kernels, progress=False))
+    def open(self, *, overrides: list[str], **options: Any) -> dict[str, Any]:
+        """Assemble it; `options` are RuntimeConfig's, and `overrides` NAME=VALUE for some of them."""
+        self._runtime = Runtime(override(RuntimeConfig(**options, progress=False), overrides))
         return {"versions": f"jax {jax.__version__}", "features": f"{self._runtime.config.quantization}"}
 
     def prefill(self, *, prompt: list[int]) -> dict[str, Any]:
@@ -58,8 +58,6 @@ class Peer:
 
     def sizes(self) -> dict[str, Any]:
         """Bytes of the process, and of what it needs: weights as their store has them, and the KV cache."""
-        from pathlib import Path
-
         config = self._runtime.config
         # The folder may hold stores of checkpoints that were made before this one.
         stores = Path(config.store_cache_dir or "").glob("*/manifest.json")

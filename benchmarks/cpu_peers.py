@@ -9,7 +9,8 @@ Every peer at every precision has a process of its own, which stays and idles be
 of them for each cell, and numbers are medians over the rounds. These narrow it, and then it is only shown:
     --entrants=millrace-int8,llama.cpp    names, precisions, or both
     --only=decode1,prefill                cells, or "start": the time to the first token
---set is a RuntimeConfig option of Millrace's. The whole writes benchmarks/results/cpu.json and cpu.png.
+    --set num_slots=64                    Millrace's options, as for the launcher
+The whole writes benchmarks/results/cpu.json and cpu.png.
 """
 
 import argparse
@@ -57,7 +58,7 @@ class Setting:
     torch_peers: Path
     rounds: int
     is_quick: bool
-    options: dict[str, Any]  # of RuntimeConfig
+    overrides: list[str]  # of RuntimeConfig: NAME=VALUE
 
     @property
     def num_threads(self) -> int:
@@ -94,7 +95,7 @@ def opening(setting: Setting, model: Model, entrant: Entrant) -> tuple[str, dict
         "kv_cache_bytes": tokens * model.token_bytes,
         "store_cache_dir": str(model.files.folder / f"stores-{entrant.precision}"),
         "compile_cache_dir": str(model.files.folder / "programs"),
-        **setting.options,
+        "overrides": setting.overrides,
     }
 
 
@@ -171,7 +172,8 @@ class Turns:
         if answer is None:
             return
         spent, waiting, own = (after - then for after, then in zip(self._spent_s(entrant), before, strict=True))
-        self._findings.note_shares(idle=waiting / spent, others=max(0.0, 1 - (own + waiting) / spent))
+        if spent:  # a turn may be over before the clock of processor time ticks
+            self._findings.note_shares(idle=waiting / spent, others=max(0.0, 1 - (own + waiting) / spent))
         if counts:
             self._findings.note(entrant, cell, answer)
             speed = cell.tokens_per_s(answer["seconds"])
@@ -223,7 +225,10 @@ def measure(setting: Setting, options: argparse.Namespace) -> None:
         all_findings.append(findings)
     if options.write:
         rows = [row for findings in all_findings for row in findings.rows()]
-        write("cpu", rows, all_findings[0].claims())
+        claims = {
+            f"{each.model.name}, {claim}": holds for each in all_findings for claim, holds in each.claims().items()
+        }
+        write("cpu", rows, claims)
         plot(all_findings, "cpu")
         print("\n" + "\n\n".join(map(markdown, all_findings)))
 
@@ -238,7 +243,7 @@ def main() -> None:
     parser.add_argument("--entrants", default="all")
     parser.add_argument("--only", default="all")
     parser.add_argument("--model", choices=("all", *MODELS), default="all")
-    parser.add_argument("--set", type=_option, action="append", default=[])
+    parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     setting = Setting(
         folder=options.folder.resolve(),
@@ -246,7 +251,7 @@ def main() -> None:
         torch_peers=options.torch_peers or options.peers,
         rounds=options.rounds or (2 if options.quick else 5),
         is_quick=options.quick,
-        options=dict(options.set),
+        overrides=options.set,
     )
     options.write = options.entrants == options.only == options.model == "all" and not (options.quick or options.set)
     try:
@@ -257,12 +262,6 @@ def main() -> None:
         raise SystemExit(f"a process {error}") from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # every process was ended on the way here
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, a number where it is one."""
-    name, _, value = text.partition("=")
-    return name, int(value) if value.isdigit() else value
 
 
 if __name__ == "__main__":

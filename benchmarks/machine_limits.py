@@ -1,13 +1,15 @@
 """What the machine can do at most, between the peers' turns: by machine_limits.cc, or numpy without a compiler."""
 
 import json
-import shutil
 import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from millrace.errors import NativeError
+from millrace.pallas_kernels.native.compiler import find_compiler
 
 READ_BYTES = 1 << 30  # several times the caches that a core has to itself
 _SOURCE = Path(__file__).with_name("machine_limits.cc")
@@ -19,32 +21,34 @@ class MachineLimits:
     def __init__(self, folder: Path, num_threads: int) -> None:
         self._num_threads = num_threads
         self._program = folder / "machine_limits"
-        self.by = "C++, -march=native"
-        compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-        reason = "no C++ compiler" if compiler is None else self._build(compiler)
-        if reason:
-            self.by = f"numpy, which reaches less ({reason})"
-            self._program = None
+        reason = self._build()
+        self._has_program = reason is None
+        self.by = "C++, -march=native" if reason is None else f"numpy, which reaches less ({reason})"
 
-    def _build(self, compiler: str) -> str | None:
+    def _build(self) -> str | None:
         """Why there is no program, if there is none."""
         self._program.parent.mkdir(parents=True, exist_ok=True)
-        command = [compiler, "-O3", "-march=native", "-std=c++17", "-pthread", "-o", str(self._program), str(_SOURCE)]
-        for run in (command, [str(self._program), str(self._num_threads), str(1 << 20)]):
-            done = subprocess.run(run, capture_output=True, text=True)
-            if done.returncode:
-                return (
-                    f"{Path(run[0]).name} failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]:.200}"
-                )
+        flags = ("-O3", "-march=native", "-std=c++17", "-pthread")
+        try:
+            find_compiler().run([*flags, "-o", str(self._program), str(_SOURCE)])
+        except NativeError as error:
+            return f"{str(error).splitlines()[0]:.200}"
+        trial = self._run(1 << 20)
+        if trial.returncode:
+            return f"{_SOURCE.stem} ended with {trial.returncode}: {trial.stderr.strip()[-200:]}"
         return None
+
+    def _run(self, num_bytes: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(self._program), str(self._num_threads), str(num_bytes)], capture_output=True, text=True
+        )
 
     def measure(self) -> dict[str, Any]:
         """read_bytes_per_s, int8_per_s and bf16_per_s (operations: a multiply and an add are two), and by what."""
-        if self._program is None:
+        if not self._has_program:
             return measure_with_numpy()
-        run = subprocess.run(
-            [str(self._program), str(self._num_threads), str(READ_BYTES)], capture_output=True, text=True, check=True
-        )
+        run = self._run(READ_BYTES)
+        run.check_returncode()
         limits: dict[str, Any] = json.loads(run.stdout)
         return limits
 

@@ -16,7 +16,7 @@
 
 namespace millrace {
 
-inline constexpr int kSpinsBeforeSleep = 512;  // tens of microseconds: items are short, and waking costs as much
+inline constexpr int kSpinsBeforeSleep = 512;  // items are short, and waking a thread is not
 
 // Calls body(item) for every item in [0, num_items), in any order, on any threads of the pool; returns when all are
 // done. What an item computes must not depend on the thread that computes it.

@@ -63,6 +63,11 @@ def test_the_first_token_is_claimed_where_llama_cpp_was_there(findings):
     assert findings.claims()["time to the first token at most 1.5 x llama.cpp's (1.40 s beside 1.00 s)"]
 
 
+def test_a_start_of_ours_that_failed_keeps_no_promise(findings):
+    findings.starts = {"llama.cpp int8": 1.0}
+    assert findings.claims()["time to the first token at most 1.5 x llama.cpp's (inf s beside 1.00 s)"] is False
+
+
 def test_a_machine_that_was_not_quiet_is_named(findings):
     findings.note_shares(idle=0.0, others=0.3)
     assert findings.warnings() == ["other programs took 30% of the processor time: not a quiet machine"]
