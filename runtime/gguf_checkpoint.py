@@ -6,6 +6,7 @@ A model split over several files (gguf-split's NAME-00001-of-0000N.gguf) is open
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class GgufCheckpoint(Checkpoint):
 
     def plan(self, model: ModelConfig) -> Mapping[str, LeafPlan]:
         """See Checkpoint."""
-        return gguf_plan(self.architecture, model, self.shards)
+        return gguf_plan(self.architecture, model, self.tensor_names)
 
     def small_files(self) -> dict[str, bytes]:
         """See Checkpoint."""
@@ -66,16 +67,16 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         raise CheckpointError(f"{path}: each tensor should be in one part; one is in two. Fetch the parts again.")
     architecture = architecture_of(metadata, str(path))
     shapes = {name: file.tensors[name].shape for name, file in shards.items()}
+    types = {name: type for file in files for name, type in file.types.items()}
     found = Metadata(metadata, shapes, lambda name: shards[name].read(name), str(path))
-    config: dict[str, Any] = {"dtype": _dtype(files), **architecture.config(found)}
+    config: dict[str, Any] = {"dtype": _dtype(types, shapes), **architecture.config(found)}
     found.reader.finish()
     model = config_from_hf(config)
-    types = {name: file.types[name] for file in files for name in file.types}
     section = section_of(model, architecture.sources(model), types)
     return GgufCheckpoint(
         path=path,
         config=config if section is None else {**config, KEY: section},
-        generation_config=generation_config(metadata),
+        generation_config=generation_config(metadata, str(path)),
         tokenizer_files={},
         shards=shards,
         architecture=architecture,
@@ -95,17 +96,17 @@ def _open_parts(path: Path) -> list[GgufFile]:
             f"{path}: part {number!r} of {count!r} (from 0 on) of a model in several files: name the first of them, "
             "whose name should end in -00001-of-0000N.gguf, N being their number."
         )
-    rest = (path.with_name(f"{name['stem']}-{part:05}-of-{count:05}.gguf") for part in range(2, count + 1))
+    parts = range(2, int(name["count"]) + 1)
+    rest = (path.with_name(f"{name['stem']}-{part:05}-of-{name['count']}.gguf") for part in parts)
     files = [first, *map(open_gguf_file, rest)]
-    if [file.metadata.get("split.no") for file in files] != list(range(count)):
+    if [file.metadata.get("split.no") for file in files] != list(range(len(files))):
         raise CheckpointError(f"{path}: its parts should be numbered from 0 to {count - 1}: fetch all of them again.")
     return files
 
 
-def _dtype(files: list[GgufFile]) -> str:
+def _dtype(types: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Of embeddings, norms and activations: float32 where most weights are so, else bfloat16, for its range."""
-    sizes: dict[str, int] = {}
-    for file in files:
-        for name, type in file.types.items():
-            sizes[type] = sizes.get(type, 0) + math.prod(file.tensors[name].shape)
-    return "float32" if max(sizes, key=lambda type: sizes[type], default="F32") == "F32" else "bfloat16"
+    sizes = Counter[str]()
+    for name, type in types.items():
+        sizes[type] += math.prod(shapes[name])
+    return "float32" if max(sizes, key=sizes.__getitem__, default="F32") == "F32" else "bfloat16"

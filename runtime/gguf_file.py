@@ -2,8 +2,7 @@
 
 Format (ggml's docs/gguf.md, versions 2 and 3): magic, version, the numbers of tensors and of metadata, the metadata
 (key, type, value), the tensors (name, dimensions from the innermost out, type, offset), and, aligned, their bytes. The
-gguf package names the types and knows their sizes; its reader is not used, for it trusts what it reads, and takes
-seconds for a large vocabulary.
+gguf package names the types; its reader is not used, for it trusts what it reads.
 """
 
 import dataclasses
@@ -23,11 +22,11 @@ from .safetensors_file import DTYPES, TensorEntry, TensorFile
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
-_MAX_HEADER_BYTES = 256 << 20  # vocabularies take some 20 MB
+_MAX_HEADER_BYTES = 256 << 20  # far above that of any vocabulary
 _MAX_RANK = 4
 _MAX_SIZE = 1 << 48  # of a dimension, and of a tensor
 _MAX_ALIGNMENT = 1 << 20
-_MAX_NAME_BYTES = 1 << 16
+_MAX_NAME_LEN = 1 << 16
 _PLAIN = {name: DTYPES[name] for name in ("F32", "F16", "BF16")}
 # By the number of a metadata type: struct's code. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -58,7 +57,7 @@ def open_gguf_file(path: Path) -> GgufFile:
 
 
 class _Cursor:
-    """The header from its beginning on, of which no more is read than is asked for, and nothing past the file's end."""
+    """The header from its beginning on; no more is read ahead than was read already, or a megabyte at first."""
 
     def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
         self.path, self._file, self._file_bytes = path, file, file_bytes
@@ -105,12 +104,12 @@ class _Cursor:
         found: list[str] = []
         length = _form("Q")
         while len(found) < count:
-            data, start = self._data, self.position
-            if start + length.size > len(data) or (end := start + 8 + length.unpack_from(data, start)[0]) > len(data):
+            data, start = self._data, self.position + length.size
+            if start > len(data) or (end := start + length.unpack_from(data, self.position)[0]) > len(data):
                 found.append(self.string(what))  # reads more, or says what is wrong
                 continue
             try:
-                found.append(data[start + length.size : end].decode())
+                found.append(data[start:end].decode())
             except UnicodeDecodeError:
                 found.append(self.string(what))
             self.position = end
@@ -165,8 +164,8 @@ def _read_metadata(cursor: _Cursor, num_keys: int) -> dict[str, Any]:
 
 def _read_name(cursor: _Cursor, what: str) -> str:
     name = cursor.string(what)
-    if not 0 < len(name) <= _MAX_NAME_BYTES:
-        raise cursor.wrong(f"{what} should have 1 to {_MAX_NAME_BYTES} characters; it has {len(name)}")
+    if not 0 < len(name) <= _MAX_NAME_LEN:
+        raise cursor.wrong(f"{what} should have 1 to {_MAX_NAME_LEN} characters; it has {len(name)}")
     return name
 
 

@@ -70,12 +70,16 @@ def tokenizer_files(metadata: Mapping[str, Any], where: str) -> dict[str, bytes]
     return {**files, "tokenizer.model": _sentencepiece(metadata, tokens, types, where)}
 
 
-def generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokens that end a sequence, and how the file's author samples."""
-    tokens, types = metadata.get(f"{_PREFIX}tokens", []), metadata.get(f"{_PREFIX}token_type", [])
+def generation_config(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The tokens that end a sequence, and how the file's author samples.
+
+    Raises:
+      CheckpointError: its lists of tokens do not fit together.
+    """
+    tokens, types = _tokens(metadata, where) if f"{_PREFIX}tokens" in metadata else ([], [])
     ends = [metadata.get(f"{_PREFIX}{name}_token_id") for name in ("eos", "eot", "eom")]
     found = [id for id in ends if type(id) is int and id >= 0]
-    special = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=False)) if kind == _CONTROL}
+    special = {token: id for id, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == _CONTROL}
     names = [name for name in _ENDS if name in special]
     if all(name in special for name in _CHANNEL_ENDS):
         names = [name for name in names if name != "<|end|>"]
@@ -173,8 +177,8 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[i
         model.pieces.add(piece=token, score=score, type=_UNKNOWN if id == unknown else kind)
     model.trainer_spec.model_type = 2  # BPE
     model.trainer_spec.byte_fallback = _BYTE in types
-    for role in ("bos", "eos", "pad", "unk"):
-        key = {"pad": "padding", "unk": "unknown"}.get(role, role)
+    for name, key in _ROLES.items():
+        role = name.removesuffix("_token")
         id = metadata.get(f"{_PREFIX}{key}_token_id", unknown if role == "unk" else -1)
         setattr(model.trainer_spec, f"{role}_id", id)
         setattr(model.trainer_spec, f"{role}_piece", tokens[id] if id >= 0 else "")

@@ -46,9 +46,19 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             raise CheckpointError(f"{path}: expected a JSON file; there is none. Is this the model's directory?")
-        num_bytes = path.stat().st_size
-        if num_bytes > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: expected at most {MAX_JSON_BYTES} bytes of JSON; it has {num_bytes}.")
-        return parse_object(path.read_bytes(), str(path))
+        return parse_object(read_bounded(path), str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). Check its permissions.") from error
+
+
+def read_bounded(path: Path) -> bytes:
+    """A small file whole.
+
+    Raises:
+      CheckpointError: it is too large.
+      OSError: it cannot be read.
+    """
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: expected at most {MAX_JSON_BYTES} bytes; it has {num_bytes}.")
+    return path.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, InvalidRequestError
-from .json_files import parse_object
+from .json_files import parse_object, read_bounded
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as FastBackend
@@ -106,11 +106,12 @@ class FastTokenizer(Tokenizer):
 
 def load_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory; None where it has no tokenizer file. Raises CheckpointError."""
-    paths = [directory / name for name in (*TOKENIZER_FILES, *_SETTINGS_FILES)]
+    reads = {**dict.fromkeys(TOKENIZER_FILES, Path.read_bytes), **dict.fromkeys(_SETTINGS_FILES, read_bounded)}
     try:
-        return tokenizer_of({path.name: path.read_bytes() for path in paths if path.is_file()}, str(directory))
+        files = {name: read(directory / name) for name, read in reads.items() if (directory / name).is_file()}
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read ({error}). Check its permissions.") from error
+    return tokenizer_of(files, str(directory))
 
 
 def tokenizer_of(files: Mapping[str, bytes], where: str) -> Tokenizer | None:

@@ -1,9 +1,8 @@
 """What config.json's quantization_config says: the one source of truth for the formats of a model's weights.
 
 A method, by its quant_method, is a reader. That of stores, "millrace", gives a `Rule`, the format of each projection;
-that of
-GGUF files, "gguf", does so too (`gguf.formats`); those of published checkpoints (`published`) give a `Scheme`, which
-knows their tensors besides.
+that of GGUF files, "gguf", does so too (`gguf.formats`); those of published checkpoints (`published`) give a `Scheme`,
+which knows their tensors besides.
 """
 
 from collections.abc import Callable, Mapping

@@ -70,17 +70,24 @@ def test_sentencepiece_gets_a_space_in_front_unless_the_file_says_no(tmp_path: P
 
 def test_turns_end_with_every_token_that_ends_one(tmp_path: Path) -> None:
     found = metadata(tmp_path, "llama", eot_token_id=7)
-    assert generation_config(found)["eos_token_id"] == [2, 7, found["tokenizer.ggml.tokens"].index("<end_of_turn>")]
+    end_of_turn = found["tokenizer.ggml.tokens"].index("<end_of_turn>")
+    assert generation_config(found, "file")["eos_token_id"] == [2, 7, end_of_turn]
     harmony = {
         "tokenizer.ggml.tokens": ["a", "<|end|>", "<|return|>", "<|call|>"],
         "tokenizer.ggml.token_type": [1, 3, 3, 3],
     }
-    assert generation_config({**harmony, "general.sampling.temp": 0.5}) == {"temperature": 0.5, "eos_token_id": [2, 3]}
+    sampled = generation_config({**harmony, "general.sampling.temp": 0.5}, "file")
+    assert sampled == {"temperature": 0.5, "eos_token_id": [2, 3]}
 
 
 def test_a_file_without_a_tokenizer_has_none(tmp_path: Path) -> None:
     assert tokenizer_files({}, "file") == {} == tokenizer_files({"tokenizer.ggml.model": "none"}, "file")
-    assert generation_config({}) == {}
+    assert generation_config({}, "file") == {}
+
+
+def test_tokens_that_are_no_list_end_no_sequence() -> None:
+    with pytest.raises(CheckpointError, match="file: expected tokenizer.ggml.tokens, a list of strings"):
+        generation_config({"tokenizer.ggml.model": "none", "tokenizer.ggml.tokens": 5}, "file")
 
 
 @pytest.mark.parametrize(

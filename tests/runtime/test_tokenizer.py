@@ -7,6 +7,7 @@ import pytest
 from tokenizers import processors
 
 from millrace.errors import CheckpointError, InvalidRequestError
+from millrace.runtime.json_files import MAX_JSON_BYTES
 from millrace.runtime.tokenizer import load_tokenizer
 
 
@@ -112,6 +113,13 @@ def test_half_a_surrogate_pair_is_refused(byte_level):
 def test_malformed_file_is_a_checkpoint_error(name, text, directory):
     (directory / name).write_text(text)
     with pytest.raises(CheckpointError, match="token"):
+        load_tokenizer(directory)
+
+
+def test_settings_are_not_read_where_they_are_too_large(directory):
+    with (directory / "tokenizer_config.json").open("wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)
+    with pytest.raises(CheckpointError, match=f"tokenizer_config.json: expected at most {MAX_JSON_BYTES} bytes"):
         load_tokenizer(directory)
 
 

@@ -1,7 +1,7 @@
 """GGUF files of llama.cpp: what their metadata, tensor names and types mean, in the terms of the families."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ....errors import UnsupportedModelError
@@ -12,7 +12,7 @@ from ..plan import LeafPlan
 from ..published.scheme import Projection, Scheme, parts
 from ..source import Source
 from . import config, names
-from .blocks import BLOCK_TYPES, BlockType
+from .blocks import BLOCK_TYPES
 from .config import IGNORED_TENSORS, Metadata
 from .formats import METHOD, section_of
 from .packing import Plain, Quantized
@@ -20,8 +20,7 @@ from .packing import Plain, Quantized
 __all__ = [
     "ARCHITECTURES",
     "BLOCK_TYPES",
-    "METHOD",
-    "BlockType",
+    "Architecture",
     "Metadata",
     "architecture_of",
     "gguf_plan",
@@ -64,7 +63,7 @@ def architecture_of(values: Mapping[str, Any], where: str) -> Architecture:
     return ARCHITECTURES[name]
 
 
-def gguf_plan(architecture: Architecture, model: ModelConfig, available: Mapping[str, object]) -> dict[str, LeafPlan]:
+def gguf_plan(architecture: Architecture, model: ModelConfig, available: Collection[str]) -> dict[str, LeafPlan]:
     """Parameter path -> how to build it from the file's tensors.
 
     Raises:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ....errors import UnsupportedModelError
 from ..reader import ConfigReader
+from .packing import Plain
 
 type ReadTensor = Callable[[str], np.ndarray]
 
@@ -41,7 +42,9 @@ class Metadata:
 
     def factors(self, name: str, count: int) -> list[float]:
         """The factors of a rope's wavelengths, [count]."""
-        values = self._read(name).astype(np.float64).reshape(-1)
+        if not self.has(name):
+            raise UnsupportedModelError(f"{self.reader.where}: expected a tensor {name} beside the other factors")
+        values = Plain().build([self._read(name)]).astype(np.float64).reshape(-1)
         if values.size != count or not (np.isfinite(values) & (values > 0)).all():
             raise UnsupportedModelError(
                 f"{self.reader.where}: {name} should hold {count} numbers above 0, for half of a head's rotated "
@@ -97,25 +100,39 @@ def _rope(metadata: Metadata, head_dim: int, context_len: int, *, truncate: bool
     kind = reader.get("rope.scaling.type") or "none"
     factor = reader.optional_number("rope.scaling.factor") or reader.optional_number("rope.scale_linear")
     original = reader.optional_integer("rope.scaling.original_context_length")
-    magnitude = reader.optional_number("rope.scaling.attn_factor")
     betas = {key: reader.optional_number(f"rope.scaling.yarn_{key}") for key in ("beta_fast", "beta_slow")}
-    if metadata.has(_FREQUENCIES):  # llama3's scaling, as factors
-        table = metadata.factors(_FREQUENCIES, head_dim // 2)
-        return {**theta, "rope_scaling": _long_rope(table, table, context_len, 1.0)}
+    if (tables := _tables(metadata, head_dim // 2, context_len)) is not None:
+        return {**theta, "rope_scaling": tables}
     if kind == "yarn":
+        magnitude = reader.optional_number("rope.scaling.attn_factor")
         scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original or context_len}
         scaling |= {key: value for key, value in betas.items() if value is not None}
         if magnitude not in (None, 1.0) and factor:
             scaling["attention_factor"] = magnitude * (0.1 * math.log(factor) + 1)
         return {**theta, "rope_scaling": {**scaling, "truncate": truncate}}
+    reader.expect("rope.scaling.attn_factor", 1.0)
     if kind == "linear" or (kind == "none" and factor not in (None, 1.0)):
         return {**theta, "rope_scaling": {"rope_type": "linear", "factor": factor}}
-    if kind not in ("none", "longrope"):
-        raise reader.wrong("rope.scaling.type", "none, linear, yarn or longrope")
+    if kind != "none":
+        raise reader.wrong("rope.scaling.type", "none, linear, yarn, or longrope beside its two tensors of factors")
     return theta
 
 
-def _long_rope(short: list[float], long: list[float], original: int, magnitude: float) -> dict[str, Any]:
+def _tables(metadata: Metadata, count: int, context_len: int) -> dict[str, Any] | None:
+    """A scaling that is said by tensors of `count` factors: longrope's two, or llama3's one, which is both of them."""
+    reader = metadata.reader
+    if metadata.has(_FREQUENCIES):
+        short = long = metadata.factors(_FREQUENCIES, count)
+        original = context_len
+    elif metadata.has(_LONG) or metadata.has(_SHORT):
+        short, long = (metadata.factors(name, count) for name in (_SHORT, _LONG))
+        original = reader.integer("rope.scaling.original_context_length")
+    else:
+        return None
+    reader.expect("rope.scaling.type", "none", "longrope")
+    for key in ("rope.scaling.factor", "rope.scale_linear"):  # llama.cpp would multiply by both
+        reader.expect(key, 1.0)
+    magnitude = reader.optional_number("rope.scaling.attn_factor") or 1.0
     factors = {"short_factor": short, "long_factor": long, "attention_factor": magnitude}
     return {"rope_type": "longrope", "factor": 1.0, "original_max_position_embeddings": original, **factors}
 
@@ -204,17 +221,12 @@ def gemma3(metadata: Metadata) -> dict[str, Any]:
 
 
 def phi3(metadata: Metadata) -> dict[str, Any]:
-    """Phi-3 and Phi-4: longrope's two tables are tensors."""
+    """Phi-3 and Phi-4: a part of each head may go unrotated."""
     config, reader = _shared(metadata), metadata.reader
-    head_dim, context_len = config["head_dim"], config["max_position_embeddings"]
+    head_dim = config["head_dim"]
     rotated = reader.optional_integer("rope.dimension_count") or head_dim
-    config |= _rope(metadata, rotated, context_len)
+    config |= _rope(metadata, rotated, config["max_position_embeddings"])
     window = reader.optional_integer("attention.sliding_window", minimum=0)
-    if metadata.has(_LONG) or metadata.has(_SHORT):
-        original = reader.integer("rope.scaling.original_context_length")
-        magnitude = reader.optional_number("rope.scaling.attn_factor") or 1.0
-        short, long = (metadata.factors(name, rotated // 2) for name in (_SHORT, _LONG))
-        config["rope_scaling"] = _long_rope(short, long, original, magnitude)
     partial = {} if rotated == head_dim else {"partial_rotary_factor": rotated / head_dim}
     return {**config, **partial, "model_type": "phi3", "sliding_window": window or None}
 

@@ -7,7 +7,7 @@ A name is every layer's, a list has one for each; null and absent are plain. Sto
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ....errors import UnsupportedModelError
@@ -16,6 +16,7 @@ from ...config import ModelConfig
 from ...quantization import HEAD, Rule, mlp_block, with_formats
 from ..names import Names
 from ..reader import ConfigReader
+from ..source import Source
 from .blocks import BLOCK_TYPES
 
 METHOD = "gguf"
@@ -83,7 +84,7 @@ def section_of(model: ModelConfig, names: Names, types: Mapping[str, str]) -> di
 def _format(path: str, layer: int, names: Names, types: Mapping[str, str]) -> WeightFormat | None:
     """That of the first spelling that is there."""
     for source in names.get(f"{path}/weight", ()):
-        found = {types[name] for name in _resolved(source.resolve, layer, types) if name in types}
+        found = {types[name] for name in _resolved(source, layer, types)}
         if len(found) > 1:
             raise UnsupportedModelError(
                 f"expected every expert of layer {layer} in one type; {path} has {sorted(found)}"
@@ -94,15 +95,11 @@ def _format(path: str, layer: int, names: Names, types: Mapping[str, str]) -> We
     return None  # a tensor that is not there is the plan's to report
 
 
-def _resolved(resolve: Callable[..., tuple[str, ...]], layer: int, types: Mapping[str, str]) -> list[str]:
-    """The names of a layer, and of all its experts that are there."""
-    found: list[str] = []
-    for expert in itertools.count():
-        names = [name for name in resolve(layer, expert) if name in types]
-        if not names or names[0] in found:
-            return found
-        found += names
-    return found
+def _resolved(source: Source, layer: int, types: Mapping[str, str]) -> Iterator[str]:
+    """A layer's tensor, or those of its experts, up to the first that is not there."""
+    experts = itertools.count() if source.per_expert else range(1)
+    names = (source.resolve(layer, expert)[0] for expert in experts)  # every source here has one
+    return itertools.takewhile(lambda name: name in types, names)
 
 
 def _with_few_kinds(model: ModelConfig, columns: dict[str, Column]) -> dict[str, Column]:

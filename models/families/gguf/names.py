@@ -43,7 +43,7 @@ _MLP: Names = {
     **_linear("mlp/up", "ffn_up"),
     **_linear("mlp/down", "ffn_down"),
 }
-_DENSE: Names = {**_TOP, **_ATTENTION, **_MLP, **_norms(Plain(), attention_norm="attn_norm", mlp_norm="ffn_norm")}
+_DENSE: Names = {**_TOP, **_ATTENTION, **_MLP, **_norms(_PLAIN, attention_norm="attn_norm", mlp_norm="ffn_norm")}
 
 
 def _experts(name: str) -> tuple[Source, ...]:
@@ -71,12 +71,13 @@ def llama(model: ModelConfig) -> Names:
 
 def gemma(model: ModelConfig) -> Names:
     """Gemma's: four norms in a layer, all of them stored with the one that they are added to."""
+    less_one = Plain(less_one=True)
     norms = _norms(
-        Plain(less_one=True), attention_norm="attn_norm", attention_post_norm="post_attention_norm",
+        less_one, attention_norm="attn_norm", attention_post_norm="post_attention_norm",
         mlp_norm="ffn_norm", mlp_post_norm="post_ffw_norm",
     )  # fmt: skip
-    heads = {f"attention/{name}_norm/scale": _layer(f"attn_{name}_norm.weight", Plain(less_one=True)) for name in "qk"}
-    return {**_DENSE, **norms, **heads, "final_norm/scale": _tensor("output_norm.weight", Plain(less_one=True))}
+    heads = {f"attention/{name}_norm/scale": _layer(f"attn_{name}_norm.weight", less_one) for name in "qk"}
+    return {**_DENSE, **norms, **heads, "final_norm/scale": _tensor("output_norm.weight", less_one)}
 
 
 def phi3(model: ModelConfig) -> Names:
@@ -87,7 +88,7 @@ def phi3(model: ModelConfig) -> Names:
     qkv, gate_up = _LAYER + "attn_qkv.weight", _LAYER + "ffn_up.weight"
 
     def rows(name: str, start: int | None, stop: int | None) -> Source:
-        return Source(names=(name,), packing=Plain(), rows=slice(start, stop))
+        return Source(names=(name,), packing=_PLAIN, rows=slice(start, stop))
 
     return {
         **_DENSE,
@@ -101,5 +102,5 @@ def phi3(model: ModelConfig) -> Names:
 
 def gpt_oss(model: ModelConfig) -> Names:
     """gpt-oss's: sinks, and biases everywhere."""
-    norm = _norms(Plain(), mlp_norm="post_attention_norm")
+    norm = _norms(_PLAIN, mlp_norm="post_attention_norm")
     return {**_DENSE, **_MOE, **norm, "attention/sinks": _layer("attn_sinks.weight")}

@@ -10,12 +10,13 @@ import numpy as np
 from ....errors import CheckpointError
 from ....pallas_kernels.quantized_matmul.contract import WeightFormat
 from ....pallas_kernels.quantized_matmul.formats import pack_nibbles
+from ..published.packing import FLOATS
 from ..source import Shape
 from .blocks import BLOCK_TYPES, block_type, stored_parts, stored_values
 
 type Leaf = Literal["weight", "scales", "offsets"]
 
-_DTYPES = ("float16", "bfloat16", "float32", *(each.dtype.name for each in BLOCK_TYPES.values()))
+_BLOCKS = tuple(each.dtype.name for each in BLOCK_TYPES.values())
 _SLAB_VALUES = 1 << 20  # dequantized in one go: the temporaries are several times that
 
 
@@ -33,7 +34,7 @@ class Plain:
     @property
     def dtypes(self) -> tuple[tuple[str, ...], ...]:
         """Floats, and all that are made of them."""
-        return (_DTYPES,)
+        return ((*FLOATS, *_BLOCKS),)
 
     def build(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """[*lead, out, in], or [out]."""
@@ -57,7 +58,7 @@ class Quantized:
     @property
     def dtypes(self) -> tuple[tuple[str, ...], ...]:
         """Blocks of any type: what they become is the format's to say."""
-        return (_DTYPES,)
+        return (_BLOCKS,)
 
     def build(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """[*lead, out, stored_in] or [*lead, out, groups].
