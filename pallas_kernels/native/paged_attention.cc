@@ -32,10 +32,6 @@ std::optional<Number> number_of(ffi::DataType dtype) {
   }
 }
 
-int64_t size_of(Number number) {
-  return number == Number::kFloat32 ? 4 : number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 1;
-}
-
 ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer values, ffi::AnyBuffer scales,
                   ffi::BufferR0<ffi::S32> layer, ffi::BufferR2<ffi::S32> page_tables,
                   ffi::BufferR1<ffi::S32> cu_query_lens, ffi::BufferR1<ffi::S32> kv_lens,
@@ -44,17 +40,21 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer values,
   const std::optional<Path> path = path_of(instruction_set);
   const std::optional<Number> q_number = number_of(q.element_type()), number = number_of(values.element_type());
   if (!path) return ffi::Error::InvalidArgument("no paged attention for " + std::string(instruction_set) + " here");
-  if (!q_number || !number) return ffi::Error::InvalidArgument("paged attention: numbers of an unknown type");
+  if (!q_number || bytes_of(*q_number) == 1 || out->element_type() != q.element_type() || !number ||
+      (scales.element_count() != 0 && scales.element_type() != ffi::F32))
+    return ffi::Error::InvalidArgument("paged attention: expected numbers of the types that the contract knows");
   const auto rows = q.dimensions(), shape = values.dimensions();  // [T, N, H], [L, P, 2, K, Z, H]
+  if (rows.size() != 3 || shape.size() != 6)
+    return ffi::Error::InvalidArgument("paged attention: expected q [T, N, H] and a cache [L, P, 2, K, Z, H]");
   const int64_t num_layers = shape[0], layer_places = shape[1] * 2 * shape[3] * shape[4];
   const int64_t at = std::clamp<int64_t>(layer.typed_data()[0], 0, num_layers - 1) * layer_places;
   const Problem problem{
-      static_cast<const char*>(q.untyped_data()),
-      static_cast<const char*>(values.untyped_data()) + at * shape[5] * size_of(*number),
+      static_cast<const uint8_t*>(q.untyped_data()),
+      static_cast<const uint8_t*>(values.untyped_data()) + at * shape[5] * bytes_of(*number),
       scales.element_count() == 0 ? nullptr : scales.typed_data<float>() + at,
       page_tables.typed_data(),
       sinks.element_count() == 0 ? nullptr : sinks.typed_data(),
-      static_cast<char*>(out->untyped_data()),
+      static_cast<uint8_t*>(out->untyped_data()),
       *q_number, *number, rows[1], shape[3], rows[2], shape[1], shape[4], page_tables.dimensions()[1],
       scale, window, soft_cap};
   const int32_t* starts = one_query_per_slot ? nullptr : cu_query_lens.typed_data();

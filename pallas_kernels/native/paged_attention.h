@@ -8,6 +8,10 @@ namespace millrace::paged_attention {
 
 enum class Number { kFloat32, kBfloat16, kFloat16, kInt8, kFloat8 };
 
+constexpr int64_t bytes_of(Number number) {
+  return number == Number::kFloat32 ? 4 : number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 1;
+}
+
 inline constexpr int kLanes = 16;  // heads' dimensions are padded to as many in what is computed
 inline constexpr float kLog2E = 1.44269504088896340736f;
 // Finite, so that no difference of them is NaN; the exponential of kMasked - kNoScore is 0, as it must be for a row
@@ -17,12 +21,12 @@ inline constexpr float kNoScore = -1e29f;
 
 // One layer's attention. Arrays are row-major and of the shapes that the contract gives.
 struct Problem {
-  const char* q;       // [T, N, H]
-  const char* values;  // of this layer: [P, 2, K, Z, H]
-  const float* scales;  // of this layer: [P, 2, K, Z], or null
+  const uint8_t* q;       // [T, N, H], of float32, bfloat16 or float16
+  const uint8_t* values;  // of this layer: [P, 2, K, Z, H]
+  const float* scales;    // of this layer: [P, 2, K, Z], or null
   const int32_t* page_tables;  // [B, pages_per_slot]
   const float* sinks;  // [N], or null
-  char* out;           // [T, N, H]
+  uint8_t* out;  // [T, N, H], of q's numbers
   Number q_number, values_number;
   int64_t num_heads, num_kv_heads, head_dim, num_pages, page_size, pages_per_slot;
   float scale;

@@ -4,9 +4,8 @@
 // it. A tile of keys [16, 32] is as the cache has it; queries and weights are pairs (of H, of keys) along their rows,
 // as the second operand wants them; values are transposed while they are packed, [16 of H, 32 keys].
 // Single queries are AVX-512's: reading their keys bounds them, and most of a tile would be idle.
-#include "vector_avx512.h"
-
 #include "paged_attention_tile.h"
+#include "vector_avx512.h"
 
 namespace millrace::paged_attention {
 namespace {
@@ -70,7 +69,7 @@ inline void multiply_2x2(const Operands& x, float* c, int64_t c_row, bool is_sum
 inline __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 // n <= 32 numbers of the cache as bfloat16, zeros behind them.
-inline __m512i halves_of(Number number, const char* src, int64_t n) {
+inline __m512i halves_of(Number number, const uint8_t* src, int64_t n) {
   if (number == Number::kBfloat16) {
     return _mm512_maskz_loadu_epi16(n == 32 ? ~0u : (1u << n) - 1, src);
   }
@@ -139,10 +138,10 @@ struct AmxProduct {
   void pack_rows(const Problem& p, const Item& item, int which, int64_t first, int64_t count, Half* rows) const {
     const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
     for_each_run(p, item, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
-      const char* src = p.values + place * row_bytes;
+      const uint8_t* src = p.values + place * row_bytes;
       for (Half* to = rows + index * dim; to < rows + (index + n) * dim; to += dim, src += row_bytes) {
         for (int64_t d = 0; d < p.head_dim; d += 32) {
-          const char* at = src + d * bytes_of(p.values_number);
+          const uint8_t* at = src + d * bytes_of(p.values_number);
           _mm512_storeu_si512(to + d, halves_of(p.values_number, at, least(32, p.head_dim - d)));
         }
       }

@@ -1,7 +1,6 @@
-#include "vector_avx512.h"
-
 #include "paged_attention_single.h"
 #include "paged_attention_tile.h"
+#include "vector_avx512.h"
 
 namespace millrace::paged_attention {
 

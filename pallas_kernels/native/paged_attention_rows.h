@@ -16,49 +16,46 @@ namespace {
 
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-constexpr int64_t bytes_of(Number number) {
-  return number == Number::kFloat32 ? 4 : number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 1;
-}
 
-// n <= V::kWidth numbers at src, with zeros behind them; reads nothing else.
+// n <= V::kLanes numbers at src, with zeros behind them; reads nothing else.
 template <class V, class Widen>
-typename V::Reg widen_some(const char* src, int64_t n, int64_t num_bytes, Widen widen) {
-  if (n == V::kWidth) return widen(src);
-  char whole[64] = {};
+typename V::Floats widen_some(const uint8_t* src, int64_t n, int64_t num_bytes, Widen widen) {
+  if (n == V::kLanes) return widen(src);
+  uint8_t whole[64] = {};
   std::memcpy(whole, src, n * num_bytes);
   return widen(whole);
 }
 
 template <class V>
-typename V::Reg widened(Number number, const char* src, int64_t n) {
+typename V::Floats widened(Number number, const uint8_t* src, int64_t n) {
   switch (number) {
-    case Number::kFloat32: return widen_some<V>(src, n, 4, V::widen_float32);
-    case Number::kBfloat16: return widen_some<V>(src, n, 2, V::widen_bfloat16);
-    case Number::kFloat16: return widen_some<V>(src, n, 2, V::widen_float16);
-    case Number::kInt8: return widen_some<V>(src, n, 1, V::widen_int8);
-    case Number::kFloat8: return widen_some<V>(src, n, 1, V::widen_float8);
+    case Number::kFloat32: return widen_some<V>(src, n, 4, V::load_float32);
+    case Number::kBfloat16: return widen_some<V>(src, n, 2, V::load_bfloat16);
+    case Number::kFloat16: return widen_some<V>(src, n, 2, V::load_float16);
+    case Number::kInt8: return widen_some<V>(src, n, 1, V::load_int8);
+    case Number::kFloat8: return widen_some<V>(src, n, 1, V::load_float8);
   }
   return V::zero();
 }
 
 template <class V>
-void narrow(Number number, typename V::Reg x, char* dst, int64_t n) {
-  char whole[64];
-  char* to = n == V::kWidth ? dst : whole;
-  if (number == Number::kFloat32) V::narrow_float32(to, x);
-  if (number == Number::kBfloat16) V::narrow_bfloat16(to, x);
-  if (number == Number::kFloat16) V::narrow_float16(to, x);
+void narrow(Number number, typename V::Floats x, uint8_t* dst, int64_t n) {
+  uint8_t whole[64];
+  uint8_t* to = n == V::kLanes ? dst : whole;
+  if (number == Number::kFloat32) V::store_float32(to, x);
+  if (number == Number::kBfloat16) V::store_bfloat16(to, x);
+  if (number == Number::kFloat16) V::store_float16(to, x);
   if (to == whole) std::memcpy(dst, whole, n * bytes_of(number));
 }
 
-// Rows [num_rows, head_dim] at src to [num_rows, dim] at dst, zeros behind each; dim is a multiple of V::kWidth.
+// Rows [num_rows, head_dim] at src to [num_rows, dim] at dst, zeros behind each; dim is a multiple of V::kLanes.
 template <class V, class Widen>
-void widen_rows(const Problem& p, const char* src, int64_t num_rows, int64_t num_bytes, float* dst, int64_t dim,
+void widen_rows(const Problem& p, const uint8_t* src, int64_t num_rows, int64_t num_bytes, float* dst, int64_t dim,
                 Widen widen) {
   for (int64_t row = 0; row < num_rows; ++row, src += p.head_dim * num_bytes, dst += dim) {
     int64_t at = 0;
-    for (; at + V::kWidth <= p.head_dim; at += V::kWidth) V::store(dst + at, widen(src + at * num_bytes));
-    for (; at < dim; at += V::kWidth) {
+    for (; at + V::kLanes <= p.head_dim; at += V::kLanes) V::store(dst + at, widen(src + at * num_bytes));
+    for (; at < dim; at += V::kLanes) {
       const int64_t n = at < p.head_dim ? p.head_dim - at : 0;
       V::store(dst + at, widen_some<V>(src + at * num_bytes, n, num_bytes, widen));
     }
@@ -66,13 +63,13 @@ void widen_rows(const Problem& p, const char* src, int64_t num_rows, int64_t num
 }
 
 template <class V>
-void widen_rows_of(Number number, const Problem& p, const char* src, int64_t num_rows, float* dst, int64_t dim) {
+void widen_rows_of(Number number, const Problem& p, const uint8_t* src, int64_t num_rows, float* dst, int64_t dim) {
   switch (number) {
-    case Number::kFloat32: return widen_rows<V>(p, src, num_rows, 4, dst, dim, V::widen_float32);
-    case Number::kBfloat16: return widen_rows<V>(p, src, num_rows, 2, dst, dim, V::widen_bfloat16);
-    case Number::kFloat16: return widen_rows<V>(p, src, num_rows, 2, dst, dim, V::widen_float16);
-    case Number::kInt8: return widen_rows<V>(p, src, num_rows, 1, dst, dim, V::widen_int8);
-    case Number::kFloat8: return widen_rows<V>(p, src, num_rows, 1, dst, dim, V::widen_float8);
+    case Number::kFloat32: return widen_rows<V>(p, src, num_rows, 4, dst, dim, V::load_float32);
+    case Number::kBfloat16: return widen_rows<V>(p, src, num_rows, 2, dst, dim, V::load_bfloat16);
+    case Number::kFloat16: return widen_rows<V>(p, src, num_rows, 2, dst, dim, V::load_float16);
+    case Number::kInt8: return widen_rows<V>(p, src, num_rows, 1, dst, dim, V::load_int8);
+    case Number::kFloat8: return widen_rows<V>(p, src, num_rows, 1, dst, dim, V::load_float8);
   }
 }
 
@@ -94,7 +91,7 @@ void prefetch_keys(const Problem& p, const Item& item, int64_t first, int64_t co
   const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
   for (int which = 0; which < 2; ++which) {
     for_each_run(p, item, which, first, least(count, item.end_key - first), [&](int64_t place, int64_t n, int64_t) {
-      const char* src = p.values + place * row_bytes;
+      const uint8_t* src = p.values + place * row_bytes;
       for (int64_t at = 0; at < n * row_bytes; at += 64) __builtin_prefetch(src + at);
     });
   }
@@ -123,7 +120,7 @@ void gather_scales(const Problem& p, const Item& item, int which, int64_t first,
 // 2^x by a polynomial around the nearest whole number: to float32's precision, or, where what follows is bfloat16, to
 // 1e-4 of it. Either gives exactly 1 for 0.
 template <class V, bool kCoarse = false>
-typename V::Reg exp2(typename V::Reg x) {
+typename V::Floats exp2(typename V::Floats x) {
   x = V::bounded(x);
   const auto whole = V::round(x);
   const auto f = V::sub(x, whole);
@@ -142,7 +139,7 @@ typename V::Reg exp2(typename V::Reg x) {
 
 // cap * tanh(x / cap), where x and cap are both times log2(e).
 template <class V>
-typename V::Reg capped(typename V::Reg x, float cap) {
+typename V::Floats capped(typename V::Floats x, float cap) {
   const auto power = exp2<V>(V::mul(x, V::all(2 * kLog2E / cap)));
   const auto tanh = V::sub(V::all(1), V::div(V::all(2), V::add(power, V::all(1))));
   return V::mul(tanh, V::all(cap));

@@ -113,8 +113,8 @@ inline float* scratch_memory(int64_t size) {
 }
 
 // Rows that no item writes: those of no slot, and of slots without keys.
-inline void clear_other_rows(const Problem& p, const Slots& slots, int64_t number_bytes) {
-  const int64_t row_bytes = p.num_heads * p.head_dim * number_bytes;
+inline void clear_other_rows(const Problem& p, const Slots& slots) {
+  const int64_t row_bytes = p.num_heads * p.head_dim * bytes_of(p.q_number);
   const auto clear = [&](int64_t first, int64_t end) {
     if (first < end) std::memset(p.out + first * row_bytes, 0, (end - first) * row_bytes);
   };
@@ -128,7 +128,7 @@ inline void clear_other_rows(const Problem& p, const Slots& slots, int64_t numbe
 
 template <class Pool>
 void run(Pool& pool, const Problem& p, const Slots& slots, const Path& path) {
-  clear_other_rows(p, slots, p.q_number == Number::kFloat32 ? 4 : 2);
+  clear_other_rows(p, slots);
   Work work(p, slots);
   const int64_t size = scratch_size(p), num_items = static_cast<int64_t>(work.items.size());
   const auto body = [&](int64_t index) {

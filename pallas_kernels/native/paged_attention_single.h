@@ -13,8 +13,8 @@ namespace {
 
 template <class V>
 struct Single {
-  using Reg = typename V::Reg;
-  static constexpr int kWidth = V::kWidth;
+  using Reg = typename V::Floats;
+  static constexpr int kWidth = V::kLanes;
 
   const Problem& p;
   const Item& item;
@@ -97,7 +97,7 @@ struct Single {
     V::store(factor, exp2<V>(V::all(top[g] - new_top)));
     decay[g] = factor[0];
     top[g] = new_top;
-    total[g] = total[g] * decay[g] + V::sum_of(sum);
+    total[g] = total[g] * decay[g] + V::sum(sum);
   }
 
   void scale_weights(int64_t first, int64_t count) {
@@ -153,7 +153,7 @@ struct Single {
 // The output row of a single query from the parts of its keys, in their order, and from its sinks.
 template <class V>
 void add_parts(const Problem& p, const Item& item, int64_t num_parts) {
-  using Reg = typename V::Reg;
+  using Reg = typename V::Floats;
   const int64_t groups = p.num_groups(), dim = p.padded_dim(), size = partial_size(p);
   for (int64_t g = 0; g < groups; ++g) {
     const float* first = item.partial + groups * dim + g;  // the first part's top score, and behind it its total
@@ -165,14 +165,14 @@ void add_parts(const Problem& p, const Item& item, int64_t num_parts) {
       const Reg factor = exp2<V>(V::sub(V::all(first[part * size]), top));
       total = V::fma(V::all(first[part * size + groups]), factor, total);
     }
-    for (int64_t d = 0; d < p.head_dim; d += V::kWidth) {
+    for (int64_t d = 0; d < p.head_dim; d += V::kLanes) {
       Reg sum = V::zero();
       for (int64_t part = 0; part < num_parts; ++part) {
         const Reg factor = exp2<V>(V::sub(V::all(first[part * size]), top));
         sum = V::fma(V::load(item.partial + part * size + g * dim + d), factor, sum);
       }
-      char* to = p.out + ((item.first_row * p.num_heads + head) * p.head_dim + d) * bytes_of(p.q_number);
-      narrow<V>(p.q_number, V::div_or_zero(sum, total), to, least(V::kWidth, p.head_dim - d));
+      uint8_t* to = p.out + ((item.first_row * p.num_heads + head) * p.head_dim + d) * bytes_of(p.q_number);
+      narrow<V>(p.q_number, V::div_or_zero(sum, total), to, least(V::kLanes, p.head_dim - d));
     }
   }
 }

@@ -16,10 +16,10 @@ namespace {
 // Products of float32 by fused multiply-add: a register tile of kTileRegs broadcasts x two registers of rows.
 template <class V>
 struct FmaProduct {
-  using Reg = typename V::Reg;
+  using Reg = typename V::Floats;
   using Packed = float;  // keys, values [kBlockKeys, dim]; queries of a group [dim, kRows]; weights [kBlockKeys, kRows]
   static constexpr int kHalves = 2;  // registers of a group's rows
-  static constexpr int kRows = kHalves * V::kWidth, kRegs = V::kTileRegs;
+  static constexpr int kRows = kHalves * V::kLanes, kRegs = V::kTileRegs;
   static constexpr int kKeyUnit = 2;  // to whose multiple weights are written, zeros behind the last key
   static constexpr bool kCoarse = false, kInPlace = true;  // of exp2; weights lie where the scores do
   const int64_t dim;
@@ -27,12 +27,12 @@ struct FmaProduct {
   explicit FmaProduct(const Problem& p) : dim(p.padded_dim()) {}
 
   void pack_queries(const float* rows, float* q) const {  // rows [kRows, dim]
-    for (int64_t d = 0; d < dim; d += V::kWidth) {
+    for (int64_t d = 0; d < dim; d += V::kLanes) {
       for (int half = 0; half < 2; ++half) {
-        Reg square[V::kWidth];
-        for (int i = 0; i < V::kWidth; ++i) square[i] = V::load(rows + (half * V::kWidth + i) * dim + d);
+        Reg square[V::kLanes];
+        for (int i = 0; i < V::kLanes; ++i) square[i] = V::load(rows + (half * V::kLanes + i) * dim + d);
         V::transpose(square);
-        for (int i = 0; i < V::kWidth; ++i) V::store(q + (d + i) * kRows + half * V::kWidth, square[i]);
+        for (int i = 0; i < V::kLanes; ++i) V::store(q + (d + i) * kRows + half * V::kLanes, square[i]);
       }
     }
   }
@@ -54,7 +54,7 @@ struct FmaProduct {
       Reg sums[kRegs][2];
 #pragma GCC unroll 8
       for (int i = 0; i < kRegs; ++i) {
-        sums[i][0] = V::load(mixed + (d + i) * kRows), sums[i][1] = V::load(mixed + (d + i) * kRows + V::kWidth);
+        sums[i][0] = V::load(mixed + (d + i) * kRows), sums[i][1] = V::load(mixed + (d + i) * kRows + V::kLanes);
       }
       multiply(values + d, 1, dim, weights, count, sums);
       put(sums, mixed + d * kRows);
@@ -62,8 +62,8 @@ struct FmaProduct {
   }
   // Weights of keys `key` and key + 1.
   void store_weights(float* weights, int64_t key, const Reg (&even)[2], const Reg (&odd)[2]) const {
-    V::store(weights + key * kRows, even[0]), V::store(weights + key * kRows + V::kWidth, even[1]);
-    V::store(weights + (key + 1) * kRows, odd[0]), V::store(weights + (key + 1) * kRows + V::kWidth, odd[1]);
+    V::store(weights + key * kRows, even[0]), V::store(weights + key * kRows + V::kLanes, even[1]);
+    V::store(weights + (key + 1) * kRows, odd[0]), V::store(weights + (key + 1) * kRows + V::kLanes, odd[1]);
   }
 
  private:
@@ -71,7 +71,7 @@ struct FmaProduct {
   void multiply(const float* x, int64_t stride, int64_t step, const float* y, int64_t depth,
                 Reg (&sums)[kRegs][2]) const {
     for (int64_t j = 0; j < depth; ++j) {
-      const Reg low = V::load(y + j * kRows), high = V::load(y + j * kRows + V::kWidth);
+      const Reg low = V::load(y + j * kRows), high = V::load(y + j * kRows + V::kLanes);
 #pragma GCC unroll 8
       for (int i = 0; i < kRegs; ++i) {
         const Reg factor = V::all(x[i * stride + j * step]);
@@ -82,17 +82,17 @@ struct FmaProduct {
   void put(const Reg (&sums)[kRegs][2], float* to) const {
 #pragma GCC unroll 8
     for (int i = 0; i < kRegs; ++i) {
-      V::store(to + i * kRows, sums[i][0]), V::store(to + i * kRows + V::kWidth, sums[i][1]);
+      V::store(to + i * kRows, sums[i][0]), V::store(to + i * kRows + V::kLanes, sums[i][1]);
     }
   }
 };
 
 template <class V, class Product>
 struct Tile {
-  using Reg = typename V::Reg;
+  using Reg = typename V::Floats;
   using Packed = typename Product::Packed;
   static constexpr int kHalves = Product::kHalves;
-  static constexpr int64_t kWidth = V::kWidth, kRows = Product::kRows;
+  static constexpr int64_t kWidth = V::kLanes, kRows = Product::kRows;
   static_assert(kRows == kHalves * kWidth && kRows <= kRowGroup);
 
   const Problem& p;
@@ -145,7 +145,6 @@ struct Tile {
   // Queries of a group, and a softmax without keys. Rows behind the last see what the last sees, and end nowhere.
   void begin(int64_t group) {
     std::memset(mixed + group * dim * kRows, 0, dim * kRows * sizeof(float));
-    std::memset(rows, 0, kRows * dim * sizeof(float));
     for (int64_t i = 0; i < kRows; ++i) {
       const int64_t row = group * kRows + i, position = item.first_position + least(row, num_rows - 1) / heads;
       last_seen[row] = static_cast<int32_t>(position);
@@ -153,8 +152,9 @@ struct Tile {
       const bool has_sink = p.sinks != nullptr && row < num_rows;
       top[row] = has_sink ? p.sinks[item.kv_head * heads + row % heads] * kLog2E : kNoScore;
       total[row] = has_sink ? 1 : 0;
-      if (row >= num_rows) continue;
-      widen_rows_of<V>(p.q_number, p, p.q + offset_of(row) * bytes_of(p.q_number), 1, rows + i * dim, dim);
+      float* to = rows + i * dim;
+      if (row >= num_rows) std::memset(to, 0, dim * sizeof(float));
+      else widen_rows_of<V>(p.q_number, p, p.q + offset_of(row) * bytes_of(p.q_number), 1, to, dim);
     }
     product.pack_queries(rows, q + group * dim * kRows);
   }
@@ -248,7 +248,7 @@ struct Tile {
     const int64_t num_bytes = bytes_of(p.q_number);
     for (int64_t at = 0; at < kRows && group * kRows + at < num_rows; at += kWidth) {
       const int64_t row = group * kRows + at, n = least(kWidth, num_rows - row);
-      char* to[kWidth];
+      uint8_t* to[kWidth];
       for (int64_t i = 0; i < n; ++i) to[i] = p.out + offset_of(row + i) * num_bytes;
       const Reg sums = V::load(total + row);
       for (int64_t d = 0; d < p.head_dim; d += kWidth) {

@@ -1,39 +1,21 @@
-// Eight floats in an AVX2 register, under the names that the kernels' templates use.
-// Only for files that are compiled for AVX2: everything here is local to the file that includes it, so that the linker
-// never takes one instruction set's copy of a function for another's.
+// What attention's templates ask of a vector beside simd_avx2.h.
 #ifndef MILLRACE_NATIVE_VECTOR_AVX2_H_
 #define MILLRACE_NATIVE_VECTOR_AVX2_H_
 
-#include <immintrin.h>
+#include "simd_avx2.h"
 
-#include <cstdint>
-
+namespace millrace::paged_attention {
 namespace {
 
-struct Avx2 {
-  using Reg = __m256;
+struct Avx2 : millrace::Avx2 {
   using IntReg = __m256i;
-  static constexpr int kWidth = 8;
   static constexpr int kTileRegs = 4;  // of one operand in a register tile of products; the other has two
   static constexpr int kMixHeads = 2;  // heads in a register tile of a single query's mixed values
 
-  static Reg zero() { return _mm256_setzero_ps(); }
-  static Reg all(float x) { return _mm256_set1_ps(x); }
-  static Reg load(const float* p) { return _mm256_loadu_ps(p); }
-  static void store(float* p, Reg x) { _mm256_storeu_ps(p, x); }
-  static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
-  static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
-  static Reg mul(Reg a, Reg b) { return _mm256_mul_ps(a, b); }
-  static Reg div(Reg a, Reg b) { return _mm256_div_ps(a, b); }
-  static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
-  static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
-  static bool equal(Reg a, Reg b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) == 0xff; }
-  static float sum_of(Reg x) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-  }
-  static float max_of(Reg x) {
+  static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
+  static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+  static bool equal(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) == 0xff; }
+  static float max_of(Floats x) {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
@@ -42,35 +24,27 @@ struct Avx2 {
   static IntReg all_ints(int32_t x) { return _mm256_set1_epi32(x); }
 
   // x where first <= i <= last, else `other`.
-  static Reg between(IntReg first, IntReg i, IntReg last, Reg x, Reg other) {
+  static Floats between(IntReg first, IntReg i, IntReg last, Floats x, Floats other) {
     const __m256i outside = _mm256_or_si256(_mm256_cmpgt_epi32(first, i), _mm256_cmpgt_epi32(i, last));
     return _mm256_blendv_ps(x, other, _mm256_castsi256_ps(outside));
   }
   // 0 where x is 0, else a / x.
-  static Reg div_or_zero(Reg a, Reg x) {
+  static Floats div_or_zero(Floats a, Floats x) {
     return _mm256_and_ps(_mm256_div_ps(a, x), _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ));
   }
   // Where times_power is right; it gives 0 for the lower bound.
-  static Reg bounded(Reg x) { return _mm256_min_ps(_mm256_set1_ps(127), _mm256_max_ps(_mm256_set1_ps(-127), x)); }
-  static Reg round(Reg x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Reg times_power(Reg x, Reg whole) {
+  static Floats bounded(Floats x) {
+    return _mm256_min_ps(_mm256_set1_ps(127), _mm256_max_ps(_mm256_set1_ps(-127), x));
+  }
+  static Floats round(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Floats times_power(Floats x, Floats whole) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
     return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
 
-  static Reg widen_float32(const char* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
-  static Reg widen_bfloat16(const char* p) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-  }
-  static Reg widen_float16(const char* p) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  }
-  static Reg widen_int8(const char* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  }
+  static Floats load_float32(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }
   // The bits of float8_e4m3fn are those of a float16 whose exponent is too small by 8.
-  static Reg widen_float8(const char* p) {
+  static Floats load_float8(const uint8_t* p) {
     const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     const __m128i magnitude = _mm_and_si128(x, _mm_set1_epi16(0x7f));
     const __m128i is_nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
@@ -79,23 +53,11 @@ struct Avx2 {
                                       _mm_and_si128(is_nan, _mm_set1_epi16(0x7e00)));
     return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256));
   }
-  static void narrow_float32(char* p, Reg x) { _mm256_storeu_ps(reinterpret_cast<float*>(p), x); }
-  static void narrow_bfloat16(char* p, Reg x) {
-    const __m256i bits = _mm256_castps_si256(x);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-    const __m256i high = _mm256_srli_epi32(rounded, 16);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
-  }
-  static void narrow_float16(char* p, Reg x) {
-    const __m128i half = _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
-  }
+  static void store_float32(uint8_t* p, Floats x) { _mm256_storeu_ps(reinterpret_cast<float*>(p), x); }
 
   // Rows become columns.
-  static void transpose(Reg (&x)[8]) {
-    Reg y[8];
+  static void transpose(Floats (&x)[8]) {
+    Floats y[8];
     for (int i = 0; i < 8; i += 2) {
       y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
       y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
@@ -114,13 +76,14 @@ struct Avx2 {
   }
 
   // The sum of each of eight registers, in their order.
-  static Reg sums_of(Reg (&x)[8]) {
-    const Reg low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-    const Reg high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+  static Floats sums_of(Floats (&x)[8]) {
+    const Floats low = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const Floats high = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
     return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
   }
 };
 
 }  // namespace
+}  // namespace millrace::paged_attention
 
 #endif  // MILLRACE_NATIVE_VECTOR_AVX2_H_

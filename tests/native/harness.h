@@ -1,4 +1,4 @@
-// What the drivers share: a thread pool in place of XLA's, the instruction sets to try, and checks that end the driver.
+// What the drivers share: a thread pool in place of XLA's, random numbers, and checks that end the driver.
 #ifndef MILLRACE_TESTS_NATIVE_HARNESS_H_
 #define MILLRACE_TESTS_NATIVE_HARNESS_H_
 
@@ -6,16 +6,14 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <functional>
 #include <mutex>
 #include <random>
-#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
-
-#include "instruction_sets.h"
 
 namespace millrace::test {
 
@@ -89,13 +87,10 @@ inline int64_t between(std::mt19937_64& random, int64_t low, int64_t high) {
   return std::uniform_int_distribution<int64_t>(low, high)(random);
 }
 
-// The names of the instruction sets that this machine has, best first; a driver tries each.
-inline std::vector<std::string> usable_names() {
-  std::vector<std::string> names;
-  for (const char* name : {"amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2"}) {
-    if (usable_instruction_set(name) != static_cast<InstructionSet>(0)) names.emplace_back(name);
-  }
-  return names;
+inline float from_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
 }  // namespace millrace::test

@@ -6,8 +6,10 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "guarded.h"
+#include "instruction_sets.h"
 #include "matmul.h"
 #include "parallel.h"
 
@@ -44,12 +46,6 @@ std::vector<Path> usable_paths() {
 }
 
 int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
-
-float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
 
 // A number of any type; of float16 normal ones, zeros and NaN.
 float number_at(Type type, const uint8_t* bytes, int64_t index) {
@@ -264,16 +260,21 @@ Sizes random_sizes(std::mt19937_64& random, Storage storage, Type x_type) {
 constexpr Storage kStorages[] = {Storage::kBfloat16, Storage::kInt8, Storage::kUint4, Storage::kUint4};
 constexpr Type kTypes[] = {Type::kBfloat16, Type::kBfloat16, Type::kFloat32, Type::kFloat16};
 
+// On every instruction set that has a kernel for it.
+void compute_and_check(std::mt19937_64& random, Pool& pool, Case& each) {
+  for (const Path& path : usable_paths()) {
+    const MatmulKernel kernel = path.kernel_of(each.problem);
+    if (!kernel) continue;
+    each.compute(pool, kernel);
+    each.check(random, path.name);
+  }
+}
+
 void test_random_problems_follow_the_definition(std::mt19937_64& random) {
   Pool pool(3);
   for (int round = 0; round < 160; ++round) {
     Case each(random, random_sizes(random, kStorages[round % 4], kTypes[round / 4 % 4]));
-    for (const Path& path : usable_paths()) {
-      const MatmulKernel kernel = path.kernel_of(each.problem);
-      if (!kernel) continue;
-      each.compute(pool, kernel);
-      each.check(random, path.name);
-    }
+    compute_and_check(random, pool, each);
   }
 }
 
@@ -285,12 +286,7 @@ void test_more_activations_than_the_cache_holds_follow_the_definition(std::mt199
     sizes.num_rows = 530, sizes.in_dim = 4224, sizes.out_dim = between(random, 70, 140), sizes.group = storage == Storage::kUint4 ? 64 : 0;
     if (storage == Storage::kInt8) sizes.in_dim = 2 * 4224, sizes.rounds_x = true, sizes.offsets = false;
     Case each(random, sizes);
-    for (const Path& path : usable_paths()) {
-      const MatmulKernel kernel = path.kernel_of(each.problem);
-      if (!kernel) continue;
-      each.compute(pool, kernel);
-      each.check(random, path.name);
-    }
+    compute_and_check(random, pool, each);
   }
 }
 

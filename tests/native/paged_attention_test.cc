@@ -5,7 +5,8 @@
 #include <limits>
 #include <memory>
 
-#include "harness.h"
+#include "guarded.h"
+#include "instruction_sets.h"
 #include "paged_attention_run.h"
 
 namespace millrace::test {
@@ -27,12 +28,6 @@ int64_t size_of(Number number) {
   return number == Number::kFloat32 ? 4 : number == Number::kBfloat16 || number == Number::kFloat16 ? 2 : 1;
 }
 
-float from_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
 // A number of a format whose exponent has `exponent_bits` and its fraction `fraction_bits`; finite ones only.
 double finite_number(uint32_t bits, int exponent_bits, int fraction_bits) {
   const int bias = (1 << (exponent_bits - 1)) - 1;
@@ -42,7 +37,7 @@ double finite_number(uint32_t bits, int exponent_bits, int fraction_bits) {
   return (bits >> (exponent_bits + fraction_bits)) & 1 ? -magnitude : magnitude;
 }
 
-double read(Number number, const std::vector<char>& bytes, int64_t index) {
+double read(Number number, const std::vector<uint8_t>& bytes, int64_t index) {
   uint32_t bits = 0;
   std::memcpy(&bits, bytes.data() + index * size_of(number), static_cast<size_t>(size_of(number)));
   switch (number) {
@@ -75,12 +70,14 @@ struct Slot {
   int64_t num_queries, num_keys;
 };
 
-// A step: its arrays, in memory of exactly their size, so that ASan sees what is read or written beside them.
+// A step: its arrays in memory of exactly their size, so that ASan sees what is read or written beside them; those that
+// the vectors' instructions touch are copies between pages that nobody may touch.
 struct Case {
   std::vector<Slot> slots;
-  std::vector<char> q, values, out;
+  std::vector<uint8_t> q, values, out;
   std::vector<float> scales, sinks;
   std::vector<int32_t> page_tables, cu_query_lens{0}, kv_lens;
+  std::vector<std::unique_ptr<Guarded>> guarded;
   Problem problem{};
   int64_t num_rows = 0;
 
@@ -104,7 +101,7 @@ struct Case {
     p.pages_per_slot = (longest + p.page_size - 1) / p.page_size + between(random, 0, 2);
     place_pages(random);
     fill(random);
-    point();
+    point(random);
   }
 
   // Pages in any order; the tables' other entries are anything at all.
@@ -143,7 +140,7 @@ struct Case {
     for (float& sink : sinks) sink = std::normal_distribution<float>()(random);
   }
 
-  static void fill_numbers(std::mt19937_64& random, std::vector<char>& bytes, int64_t first, int64_t n,
+  static void fill_numbers(std::mt19937_64& random, std::vector<uint8_t>& bytes, int64_t first, int64_t n,
                            Number number, bool is_nan) {
     for (int64_t i = first; i < first + n; ++i) {
       const uint32_t bits = random_bits(random, number, is_nan);
@@ -151,17 +148,25 @@ struct Case {
     }
   }
 
-  void point() {
-    problem.q = q.data(), problem.values = values.data(), problem.out = out.data();
-    problem.scales = scales.empty() ? nullptr : scales.data();
+  template <class T>
+  T* guarded_copy(std::mt19937_64& random, const std::vector<T>& array) {
+    if (array.empty()) return nullptr;
+    guarded.push_back(std::make_unique<Guarded>(array.size() * sizeof(T), between(random, 0, 2) > 0));
+    std::memcpy(guarded.back()->get(), array.data(), array.size() * sizeof(T));
+    return reinterpret_cast<T*>(guarded.back()->get());
+  }
+
+  void point(std::mt19937_64& random) {
+    problem.q = guarded_copy(random, q), problem.values = guarded_copy(random, values);
+    problem.scales = guarded_copy(random, scales), problem.out = guarded_copy(random, out);
     problem.sinks = sinks.empty() ? nullptr : sinks.data();
-    problem.page_tables = page_tables.data();
   }
 
   void compute(Pool& pool, const Path& path) {
-    std::fill(out.begin(), out.end(), static_cast<char>(0xff));
+    if (!out.empty()) std::memset(problem.out, 0xff, out.size());
     const int64_t num_slots = static_cast<int64_t>(slots.size());
     run(pool, problem, Slots{num_slots, num_rows, cu_query_lens.data(), kv_lens.data()}, path);
+    out.assign(problem.out, problem.out + out.size());
   }
 
   double value(int64_t slot, int64_t head, int which, int64_t position, int64_t d) const {
@@ -253,7 +258,7 @@ void test_threads_do_not_change_a_bit(std::mt19937_64& random) {
     Case step(random, Number::kBfloat16, Number::kBfloat16, {{1, 2600}, {1, 5}, {40, 600}, {1, 1025}});
     for (const NamedPath& named : usable_paths()) {
       step.compute(alone, named.path);
-      const std::vector<char> first = step.out;
+      const std::vector<uint8_t> first = step.out;
       step.compute(many, named.path);
       CHECK(first == step.out, "%s: other bits with more threads", named.instruction_set);
     }

@@ -305,6 +305,18 @@ def test_shapes_that_disagree_raise(
         decode.run("reference", spec, q=np.zeros(q_shape))
 
 
+@pytest.mark.skipif(not NATIVE, reason="needs the native kernels")
+def test_a_native_call_that_the_contract_does_not_know_raises(decode: Case) -> None:
+    cache = stored(decode.cache, "float32")
+    wrong = {
+        "numbers of the types": decode.q.astype(np.int8),
+        r"expected q \[T, N, H\]": decode.q.astype(np.float32)[..., None],
+    }
+    for message, q in wrong.items():
+        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+            cpu.paged_attention(jnp.asarray(q), cache, jnp.int32(LAYER), decode.batch, spec=DECODE, sinks=None)
+
+
 def test_slots_that_disagree_raise(decode: Case) -> None:
     with pytest.raises(KernelError, match="of 7 slots, as many as kv_lens has"):
         decode.run("reference", SPEC, batch=decode.batch._replace(kv_lens=decode.batch.kv_lens[:7]))
@@ -326,12 +338,14 @@ def test_a_cache_without_its_scales_raises(decode: Case, values: str) -> None:
     ("dtype", "one_query_per_slot"),
     [("float32", True), ("float32", False), ("int8", True), ("int8", False), ("uint8", True)],
 )
-def test_layers_share_one_cache_without_a_copy(dtype: str, one_query_per_slot: bool) -> None:
-    """A donated cache that a scan over layers writes and xla reads in place; reference may gather as it likes."""
+@pytest.mark.parametrize("implementation", ["xla", *NATIVE[:1]])
+def test_layers_share_one_cache_without_a_copy(implementation: str, dtype: str, one_query_per_slot: bool) -> None:
+    """A donated cache that a scan over layers writes and attention reads in place; reference gathers as it likes."""
     num_slots, num_pages = 4, 8192
     shape = (LAYERS, num_pages, 2, KV_HEADS, PAGE_SIZE, HEAD_DIM)
     spec = dataclasses.replace(SPEC, one_query_per_slot=one_query_per_slot)
     batch = PagedBatch(jnp.zeros((num_slots, 40), jnp.int32), jnp.arange(num_slots + 1), jnp.ones(num_slots, jnp.int32))
+    kernels = KernelChoices("cpu", {"paged_attention": implementation.partition(" ")[0]})
 
     type Carry = tuple[jax.Array, KvCache[jax.Array]]
 
@@ -339,7 +353,7 @@ def test_layers_share_one_cache_without_a_copy(dtype: str, one_query_per_slot: b
         def run_layer(carry: Carry, layer: jax.Array) -> tuple[Carry, None]:
             q, cache = carry
             cache = write_kv(cache, layer, q[:, :KV_HEADS], q[:, -KV_HEADS:], places, places)
-            return (paged_attention(q, cache, layer, batch, spec=spec, kernels=KernelChoices("cpu")), cache), None
+            return (paged_attention(q, cache, layer, batch, spec=spec, kernels=kernels), cache), None
 
         return jax.lax.scan(run_layer, (q, cache), jnp.arange(LAYERS, dtype=jnp.int32))[0]
 
@@ -359,9 +373,10 @@ def abstract_cache(shape: tuple[int, ...], dtype: str) -> KvCache[jax.ShapeDtype
     return KvCache(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)), scales)
 
 
-def test_reading_does_not_copy_a_cache_that_is_kept() -> None:
+@pytest.mark.parametrize("implementation", ["xla", *NATIVE[:1]])
+def test_reading_does_not_copy_a_cache_that_is_kept(implementation: str) -> None:
     case = make_case([(1, 40), (1, 12)])
     cache = jax.ShapeDtypeStruct((64, 64, *case.cache.shape[2:]), jnp.float32)
     q = jax.ShapeDtypeStruct(case.q.shape, jnp.float32)
-    memory = attend.lower(q, KvCache(cache, None), case.batch, None, "xla", DECODE).compile().memory_analysis()
+    memory = attend.lower(q, KvCache(cache, None), case.batch, None, implementation, DECODE).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * int(np.prod(cache.shape[1:])) / 2
