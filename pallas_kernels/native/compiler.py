@@ -10,7 +10,8 @@ from ...errors import NativeError
 
 CANDIDATES = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread")
-WARNINGS = ("-Wall", "-Wextra")
+# The last two: of GCC 12's own headers.
+WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 # By the end of a file's name, from the least to the best: each has the flags of those before it too, as every CPU that
 # has one has those before it. instruction_sets.h has a bit for each, in this order.
 INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {

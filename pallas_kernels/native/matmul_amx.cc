@@ -12,7 +12,6 @@
 
 #include "dot_matmul.h"
 #include "simd_avx512.h"
-#include "transpose_avx512.h"
 #include "unpack_avx512.h"
 
 namespace millrace {

@@ -1,4 +1,4 @@
-// Eight floats at a time, for the templates in rows.h, dequantize.h and dots.h.
+// Eight floats at a time, for the templates in rows.h, dequantize.h and dot_matmul.h.
 #ifndef MILLRACE_NATIVE_SIMD_AVX2_H_
 #define MILLRACE_NATIVE_SIMD_AVX2_H_
 

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, for the templates in rows.h, dequantize.h and dots.h.
+// Sixteen floats at a time, for the templates in rows.h, dequantize.h and dot_matmul.h.
 #ifndef MILLRACE_NATIVE_SIMD_AVX512_H_
 #define MILLRACE_NATIVE_SIMD_AVX512_H_
 
@@ -62,7 +62,40 @@ struct Avx512 {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
   static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+
+  // Rows become columns.
+  static void transpose(Floats (&x)[16]) {
+    Floats y[16];
+    for (int i = 0; i < 16; i += 2) {
+      y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+      y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      x[i] = _mm512_shuffle_ps(y[i], y[i + 2], 0x44);
+      x[i + 1] = _mm512_shuffle_ps(y[i], y[i + 2], 0xee);
+      x[i + 2] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0x44);
+      x[i + 3] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      y[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
+      y[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
+      y[i + 8] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
+      y[i + 12] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+      x[i] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0x88);
+      x[i + 8] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0xdd);
+    }
+  }
 };
+
+// to[word][row], 64 bytes a row and aligned, of 16 rows of 16 words of 4 bytes, from[row][word], `stride` bytes a row.
+inline void transpose_words(const uint8_t* from, int64_t stride, uint8_t* to) {
+  Avx512::Floats words[16];
+  for (int i = 0; i < 16; ++i) words[i] = _mm512_loadu_ps(from + i * stride);
+  Avx512::transpose(words);
+  for (int i = 0; i < 16; ++i) _mm512_store_ps(to + i * 64, words[i]);
+}
 
 #ifdef __AVX512BF16__
 // Where an instruction rounds to bfloat16 (and numbers below 2^-126 to zero).

@@ -44,31 +44,6 @@ struct Avx512 : millrace::Avx512 {
   }
   static void store_float32(uint8_t* p, Floats x) { _mm512_storeu_ps(p, x); }
 
-  // Rows become columns.
-  static void transpose(Floats (&x)[16]) {
-    Floats y[16];
-    for (int i = 0; i < 16; i += 2) {
-      y[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
-      y[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-      x[i] = _mm512_shuffle_ps(y[i], y[i + 2], 0x44);
-      x[i + 1] = _mm512_shuffle_ps(y[i], y[i + 2], 0xee);
-      x[i + 2] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0x44);
-      x[i + 3] = _mm512_shuffle_ps(y[i + 1], y[i + 3], 0xee);
-    }
-    for (int i = 0; i < 4; ++i) {
-      y[i] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0x88);
-      y[i + 4] = _mm512_shuffle_f32x4(x[i], x[i + 4], 0xdd);
-      y[i + 8] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0x88);
-      y[i + 12] = _mm512_shuffle_f32x4(x[i + 8], x[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; ++i) {
-      x[i] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0x88);
-      x[i + 8] = _mm512_shuffle_f32x4(y[i], y[i + 8], 0xdd);
-    }
-  }
-
   // The sum of each of sixteen registers, in their order.
   static Floats sums_of(Floats (&x)[16]) {
     for (int i = 0; i < 16; i += 2) x[i] = add(_mm512_unpacklo_ps(x[i], x[i + 1]), _mm512_unpackhi_ps(x[i], x[i + 1]));

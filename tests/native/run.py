@@ -27,8 +27,7 @@ SANITIZERS = {
     "thread": ("-fsanitize=thread",),
 }
 # GCC's own headers of AVX-512 have vectors that they leave undefined on purpose, about which it warns (its bug 105593).
-WARNINGS = ("-Werror", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
-FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", *WARNINGS, "-iquote", str(DRIVERS))
+FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-Werror", "-iquote", str(DRIVERS))
 LIMIT_S = 900
 
 
