@@ -16,7 +16,7 @@ from .compiler import INSTRUCTION_SETS
 
 __all__ = ["Library", "library", "unavailable"]
 
-_ARCHITECTURES = ("x86_64", "AMD64", "amd64")
+ARCHITECTURES = ("x86_64", "AMD64", "amd64")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def unavailable(*, show_progress: bool = False) -> str | None:
 
 def _load(show_progress: bool) -> Library:
     machine = platform.machine()
-    if machine not in _ARCHITECTURES:
+    if machine not in ARCHITECTURES:
         raise NativeError(f"the native kernels are for x86-64 CPUs; this one is {machine}, which XLA serves.")
     built = built_library(show_progress=show_progress)
     try:

@@ -10,7 +10,7 @@ from ...errors import NativeError
 
 CANDIDATES = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-pthread")
-# The last two: of GCC 12's own headers.
+# GCC's own headers of AVX-512 have vectors that they leave undefined on purpose, about which it warns (its bug 105593).
 WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
 # By the end of a file's name, from the least to the best: each has the flags of those before it too, as every CPU that
 # has one has those before it. instruction_sets.h has a bit for each, in this order.

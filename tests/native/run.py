@@ -26,7 +26,6 @@ SANITIZERS = {
     "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "thread": ("-fsanitize=thread",),
 }
-# GCC's own headers of AVX-512 have vectors that they leave undefined on purpose, about which it warns (its bug 105593).
 FLAGS = ("-O1", "-g", "-fno-omit-frame-pointer", "-Werror", "-iquote", str(DRIVERS))
 LIMIT_S = 900
 

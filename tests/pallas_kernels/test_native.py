@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,13 @@ def folders(cache: Path) -> list[Path]:
 
 
 # ---- built, kept, mended
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in native.ARCHITECTURES, reason="the kernels are for x86-64")
+def test_all_sources_compile_here() -> None:
+    """Where they do not, XLA serves, and tests of what they compute are skipped."""
+    assert build.built_library(show_progress=False).path.is_file()
 
 
 @needs_compiler
