@@ -16,7 +16,7 @@ from millrace import Runtime, SamplingParams
 from millrace.runtime.config import RuntimeConfig
 from millrace.runtime.overrides import override
 
-MARGIN_TOKENS = 16  # steps before and behind the timed ones, in which prompts are still computed or some have ended
+MARGIN_TOKENS = 32  # steps before and behind the timed ones, in which prompts are still computed or some have ended
 
 
 class Peer:

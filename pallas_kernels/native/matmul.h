@@ -71,6 +71,7 @@ using MatmulKernel = void (*)(const Matmul&, const ForEach& for_each);
 
 // Each returns null where its instruction set has nothing better than the next for this problem.
 MatmulKernel amx_matmul(const Matmul&);
+MatmulKernel amx_group_matmul(const Matmul&);  // which amx_matmul asks
 MatmulKernel avx512_bf16_matmul(const Matmul&);
 MatmulKernel avx512_vnni_matmul(const Matmul&);
 MatmulKernel avx512_matmul(const Matmul&);

@@ -10,6 +10,7 @@
 // products, and by the cache.
 // Weights that are neither int8 beside rounded activations nor bfloat16 are dequantized into such tiles as bfloat16.
 
+#include "amx.h"
 #include "dot_matmul.h"
 #include "simd_avx512.h"
 #include "unpack_avx512.h"
@@ -17,32 +18,17 @@
 namespace millrace {
 namespace {
 
-constexpr int64_t kTileRows = 16, kTileBytes = 64, kTile = kTileRows * kTileBytes;
 constexpr int64_t kItemTiles = 4, kRowsOfItem = kItemTiles * kTileRows;  // of the weight
 constexpr int64_t kBlockBytes = 1 << 22;  // of activations; the more at once, the less often weights are read
 constexpr int64_t kDirectTiles = 4;  // of activations that meet a plain weight where it lies
 constexpr int64_t kManyRows = 5;  // from here on tiles of dequantized weights pay
 constexpr int64_t kManyRounded = 9;  // where 4-bit weights meet int8 without
 
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Before a tile instruction reads what was written: compilers do not see that it reads memory (GCC before 14 leaves out
-// stores that only _tile_loadconfig would read).
-void finish_stores() { asm volatile("" ::: "memory"); }
-
 // Tiles 0 to 3 sum, 4 and 5 hold weights, 6 and 7 activations; `columns` rows of activations lie in a tile.
 void configure(int64_t columns) {
   TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.rows[tile] = kTileRows;
-    config.row_bytes[tile] = tile == 4 || tile == 5 ? kTileBytes : static_cast<uint16_t>(4 * columns);
-  }
-  asm volatile("" : : "r"(&config) : "memory");
-  _tile_loadconfig(&config);
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, kTileRows, tile == 4 || tile == 5 ? kTileBytes : 4 * columns);
+  config.load();
 }
 
 struct Int8Tiles {
@@ -370,6 +356,7 @@ void tile_matmul(const Matmul& problem, const ForEach& for_each) {
 
 MatmulKernel amx_matmul(const Matmul& problem) {
   if (is_int8_product(problem)) return tile_matmul<Int8Tiles, PlainOrder>;
+  if (MatmulKernel kernel = amx_group_matmul(problem)) return kernel;
   // Activations rounded to int8 keep their digits in bfloat16 but for the scale's; others of more digits do not.
   if (problem.x_type != Type::kBfloat16) return nullptr;
   const bool is_plain = problem.weight.storage == Storage::kBfloat16;

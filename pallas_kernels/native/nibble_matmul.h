@@ -109,7 +109,7 @@ void for_each_chunk(const Matmul& problem, int64_t row, const Body& body) {
     const int64_t end = std::min(num_chunks, begin + chunks_at_once);
     for (int64_t chunk = begin; chunk < end; ++chunk, index = _mm512_add_epi32(index, step)) {
       const uint8_t* codes = values + chunk * (kChunk / 2);
-      _mm_prefetch(codes + kAhead, _MM_HINT_T0);
+      _mm_prefetch(codes + kAhead, _MM_HINT_T1);
       body(chunk, codes, _mm512_permutexvar_ps(index, by.scales), _mm512_permutexvar_ps(index, by.shifts));
     }
   }
