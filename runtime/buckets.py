@@ -18,13 +18,9 @@ class Bucket:
 
 
 def make_buckets(num_slots: int, max_step_tokens: int) -> tuple[Bucket, ...]:
-    """Decode buckets grow by 4 up to the slots, mixed ones by 4 up to the tokens of a step.
-
-    No bucket has fewer than 2 rows: XLA on a CPU converts whole weights for a product with one row.
-    """
-    num_rows = max(2, num_slots)
-    decode = [Bucket(True, rows, rows) for rows in _grow(2, num_rows)]
-    mixed = [Bucket(False, tokens, num_rows) for tokens in _grow(min(64, max_step_tokens), max_step_tokens)]
+    """Decode buckets: one sequence, and from 8 on growing by 4 up to the slots; mixed ones by 4 up to a step's tokens."""
+    decode = [Bucket(True, rows, rows) for rows in sorted({1, *_grow(min(8, num_slots), num_slots)})]
+    mixed = [Bucket(False, tokens, num_slots) for tokens in _grow(min(64, max_step_tokens), max_step_tokens)]
     return (*decode, *mixed)
 
 

@@ -25,7 +25,7 @@ def step_temporaries(config: RuntimeConfig, model: ModelConfig, placement: Place
     """Bytes on each device that the largest step of a complete config needs for what it computes on the way."""
     assert config.dtype and config.num_slots and config.max_step_tokens
     itemsize = jnp.dtype(config.dtype).itemsize
-    num_rows, num_tokens = max(2, config.num_slots), config.max_step_tokens
+    num_rows, num_tokens = config.num_slots, config.max_step_tokens
     of_layers = max((_layer(layer, model, placement, itemsize) for layer in dict.fromkeys(model.layers)), default=0)
     vocab_len = model.vocab_size // placement.num_parts("vocab")
     logits = _LOGITS * (num_rows + BLOCK_LEN) * vocab_len * _FLOAT

@@ -22,6 +22,9 @@ def write_kv(
     In place where the cache is donated or the carry of a loop. No two kept rows may name the same place.
     """
     both = jnp.stack([k, v], axis=1)  # [T, 2, K, H]
+    if len(pages) == 1:  # XLA makes a scatter of one row an update of a slice, for which it copies the cache on a CPU
+        both, offsets = jnp.repeat(both, 2, axis=0), jnp.repeat(offsets, 2)
+        pages = jnp.append(pages, jnp.int32(cache.values.shape[1]))  # the second is dropped
     if cache.scales is None:
         return KvCache(_put(cache.values, layer, pages, offsets, _cast(both, cache.values.dtype)), None)
     values, scales = _quantize(both)

@@ -22,15 +22,12 @@ def test_every_step_has_a_bucket_of_the_smallest_size(num_slots: int, surplus: i
         assert bucket.num_rows >= (num_tokens if is_decode else num_slots)
 
 
-def test_buckets_grow_by_four() -> None:
+def test_buckets_grow_by_four_from_eight_rows() -> None:
     assert make_buckets(20, 512) == (
-        Bucket(True, 2, 2), Bucket(True, 8, 8), Bucket(True, 20, 20),
+        Bucket(True, 1, 1), Bucket(True, 8, 8), Bucket(True, 20, 20),
         Bucket(False, 64, 20), Bucket(False, 256, 20), Bucket(False, 512, 20),
     )  # fmt: skip
-
-
-def test_no_bucket_has_a_single_row() -> None:
-    assert all(bucket.num_rows == 2 for bucket in make_buckets(1, 2))
+    assert make_buckets(1, 2) == (Bucket(True, 1, 1), Bucket(False, 2, 1))
 
 
 @pytest.mark.parametrize(("is_decode", "kind"), [(True, "decode"), (False, "mixed")])
