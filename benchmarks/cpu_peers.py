@@ -43,8 +43,10 @@ PEERS = {
     "CTranslate2": {"int8": "int8"},
     "transformers": {"bf16": "bf16"},
 }
+# With 4-bit weights activations are rounded to int8 in groups, as llama.cpp does beside Q4_0.
+FORMATS = {"int4": "int4_a8", "int8": "int8", "bf16": "none"}
 ENTRANTS = [
-    *(Entrant(OURS, precision) for precision in ("int4", "int8", "bf16")),
+    *(Entrant(OURS, precision) for precision in FORMATS),
     *(Entrant(name, precision) for name, formats in PEERS.items() for precision in formats),
 ]
 
@@ -89,7 +91,7 @@ def opening(setting: Setting, model: Model, entrant: Entrant) -> tuple[str, dict
     return "cpu_millrace.py", {
         "model": str(model.files.checkpoint),
         "dtype": "bfloat16",
-        "quantization": "none" if entrant.precision == "bf16" else entrant.precision,
+        "quantization": FORMATS[entrant.precision],
         "num_slots": max(BATCHES),
         "max_context_len": longest + PROMPT_LEN if model.name != "embedded" else 1024,
         "kv_cache_bytes": tokens * model.token_bytes,

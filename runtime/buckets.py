@@ -18,7 +18,7 @@ class Bucket:
 
 
 def make_buckets(num_slots: int, max_step_tokens: int) -> tuple[Bucket, ...]:
-    """Decode buckets: one sequence, and from 8 on growing by 4 up to the slots; mixed ones by 4 up to a step's tokens."""
+    """Decode buckets of one sequence, and from 8 by 4 up to the slots; mixed ones by 4 up to the tokens of a step."""
     decode = [Bucket(True, rows, rows) for rows in sorted({1, *_grow(min(8, num_slots), num_slots)})]
     mixed = [Bucket(False, tokens, num_slots) for tokens in _grow(min(64, max_step_tokens), max_step_tokens)]
     return (*decode, *mixed)

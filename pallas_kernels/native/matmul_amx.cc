@@ -1,13 +1,13 @@
 // Matmuls in tile registers (AMX): int8 times int8, and bfloat16 for all that becomes bfloat16.
 //
 // Schedule: a weight's rows are the A side, 16 rows of 64 bytes to a tile; activations are the B side, packed once into
-// tiles of 4-byte words [word of K, row], so the product comes out transposed, y^T [N, M]. An item is 64 rows of the
+// tiles of 4-byte words [word of K, row], so the product comes out transposed, y^T [N, M]. An item is some rows of the
 // weight with all rows of activations.
 // Up to 16 rows of activations: four tiles of the weight meet one of activations; up to 64, one of the weight up to four
 // of activations. A plain weight is taken where it lies, once, and bound by reading it. More rows: an item's weights are
-// copied into tiles that lie one after another, and two by two tiles are multiplied, each serving twice, from the
-// second-level cache: activations are taken in blocks, and while they meet an item the next item is fetched. Bound by the
-// products, and by the cache.
+// copied into tiles that lie one after another and stay in the second-level cache, as many as it has room for, because
+// the activations, which it has not, come by once for every item; two by two tiles are multiplied, each serving twice.
+// Bound by the products, and by the caches.
 // Weights that are neither int8 beside rounded activations nor bfloat16 are dequantized into such tiles as bfloat16.
 
 #include "amx.h"
@@ -18,8 +18,8 @@
 namespace millrace {
 namespace {
 
-constexpr int64_t kItemTiles = 4, kRowsOfItem = kItemTiles * kTileRows;  // of the weight
-constexpr int64_t kBlockBytes = 1 << 22;  // of activations; the more at once, the less often weights are read
+constexpr int64_t kLeastItem = 64, kMostItem = 256;  // rows of the weight
+constexpr int64_t kItemBytes = 1 << 20;  // of a large item's tiles, which stay in the second-level cache
 constexpr int64_t kDirectTiles = 4;  // of activations that meet a plain weight where it lies
 constexpr int64_t kManyRows = 5;  // from here on tiles of dequantized weights pay
 constexpr int64_t kManyRounded = 9;  // where 4-bit weights meet int8 without
@@ -52,6 +52,7 @@ struct PackedRows {
   uint8_t* tiles;
   float* scales;
   int64_t columns, num_steps, num_tiles;
+  int64_t rows_of_item;  // of the weight
 
   int64_t tile_bytes() const { return kTileRows * 4 * columns; }
   const uint8_t* tile(int64_t index) const { return tiles + index * num_steps * tile_bytes(); }
@@ -119,20 +120,10 @@ void one_by_some(const WeightTiles& weight, int64_t weight_tile, const PackedRow
   _tile_stored(3, sums + 3 * kTile, kTileBytes);
 }
 
-// What the next item of this thread reads, fetched into the second-level cache a few lines a step.
-struct Prefetch {
-  const uint8_t *next, *end;
-  int64_t lines_a_step;
-
-  void step() {
-    for (int64_t line = 0; line < lines_a_step && next < end; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
-  }
-};
-
 // sums[2 of weights][2 of activations][16][16], of one tile of activations where it is single.
 template <class Tiles>
 void two_by_two(const WeightTiles& weight, int64_t pair, const PackedRows& x, int64_t tile, bool is_single,
-                Prefetch& prefetch, uint8_t* sums) {
+                uint8_t* sums) {
   const uint8_t *rows = x.tile(tile), *more = x.tile(tile + 1);
   _tile_zero(0);
   _tile_zero(1);
@@ -144,7 +135,6 @@ void two_by_two(const WeightTiles& weight, int64_t pair, const PackedRows& x, in
     MILLRACE_MULTIPLY(Tiles, 0, 4, 6)
     _tile_loadd(5, weight.at(2 * pair + 1, step), kTileBytes);
     MILLRACE_MULTIPLY(Tiles, 2, 5, 6)
-    prefetch.step();
     if (is_single) continue;
     _tile_loadd(7, more + step * kTile, kTileBytes);
     MILLRACE_MULTIPLY(Tiles, 1, 4, 7)
@@ -247,10 +237,11 @@ WeightTiles weight_tiles(const Matmul& problem, int64_t first, int64_t count, co
   const Weight& weight = problem.weight;
   const bool is_plain = weight.storage == (Tiles::kIsInt8 ? Storage::kInt8 : Storage::kBfloat16);
   const int64_t row_bytes = x.num_steps * kTileBytes;
-  if (is_plain && weight.row_bytes == row_bytes && count == kRowsOfItem && x.num_tiles <= kDirectTiles)
+  if (is_plain && weight.row_bytes == row_bytes && count == kLeastItem && x.num_tiles <= kDirectTiles)
     return {weight.values + first * row_bytes, row_bytes, kTileBytes, kTileRows * row_bytes};
-  uint8_t* tiles = tiles_scratch.at_least(kRowsOfItem * row_bytes);
-  for (int64_t n = 0; n < kRowsOfItem; ++n) {
+  const int64_t num_rows = std::max(kLeastItem, padded(count, 2 * kTileRows));
+  uint8_t* tiles = tiles_scratch.at_least(num_rows * row_bytes);
+  for (int64_t n = 0; n < num_rows; ++n) {
     uint8_t* to = tiles + n / kTileRows * kTileRows * row_bytes + n % kTileRows * kTileBytes;
     const uint8_t* from = weight.values + (first + n) * weight.row_bytes;
     int64_t done = 0;  // bytes
@@ -288,15 +279,15 @@ void some_rows(const Matmul& problem, const PackedRows& x, const WeightTiles& we
   }
 }
 
-// The products of an item's weights with tiles [begin, end) of activations.
+// The products of an item's weights with more tiles of activations.
 template <class Tiles>
 void many_rows(const Matmul& problem, const PackedRows& x, const WeightTiles& weight, int64_t first, int64_t count,
-               const float* channel_scales, int64_t begin, int64_t end, Prefetch prefetch) {
-  alignas(64) uint8_t sums[kItemTiles * kTile];
-  for (int64_t tile = begin; tile < end; tile += 2)
+               const float* channel_scales) {
+  alignas(64) uint8_t sums[4 * kTile];
+  for (int64_t tile = 0; tile < x.num_tiles; tile += 2)
     for (int64_t n = 0; n * kTileRows < count; n += 2) {
-      const bool is_single = tile + 1 == end;
-      two_by_two<Tiles>(weight, n / 2, x, tile, is_single, prefetch, sums);
+      const bool is_single = tile + 1 == x.num_tiles;
+      two_by_two<Tiles>(weight, n / 2, x, tile, is_single, sums);
       for (int64_t part = 0; part < 4; ++part) {
         const int64_t from = (n + part / 2) * kTileRows;
         if (from >= count || (is_single && part % 2)) continue;
@@ -307,30 +298,30 @@ void many_rows(const Matmul& problem, const PackedRows& x, const WeightTiles& we
 }
 
 template <class Tiles, class Order>
-void amx_item(const Matmul& problem, const PackedRows& x, int64_t item, int64_t begin, int64_t end,
-              int64_t num_threads) {
-  float channel_scales[kRowsOfItem] = {};
-  const int64_t first = item * kRowsOfItem, count = std::min(kRowsOfItem, problem.out_dim - first);
+void amx_item(const Matmul& problem, const PackedRows& x, int64_t item) {
+  float channel_scales[kMostItem] = {};
+  const int64_t first = item * x.rows_of_item, count = std::min(x.rows_of_item, problem.out_dim - first);
   const WeightTiles weight = weight_tiles<Tiles, Order>(problem, first, count, x);
   product_scales(problem.weight, first, count, channel_scales);
   configure(x.columns);
   finish_stores();
   if (x.num_tiles == 1) {
-    alignas(64) uint8_t sums[kItemTiles * kTile];
+    alignas(64) uint8_t sums[4 * kTile];
     four_by_one<Tiles>(weight, x, sums);
     write_columns<Tiles>(problem, x, sums, first, count, channel_scales);
   } else if (x.num_tiles <= kDirectTiles) {
     some_rows<Tiles>(problem, x, weight, first, count, channel_scales);
   } else {
-    const int64_t row_bytes = problem.weight.row_bytes;
-    const int64_t next = std::min(problem.out_dim, first + num_threads * kRowsOfItem);
-    const int64_t num_next = std::min(problem.out_dim - next, kRowsOfItem);
-    const uint8_t* from = problem.weight.values + next * row_bytes;
-    const int64_t num_steps = (end - begin + 1) / 2 * 2 * x.num_steps;
-    many_rows<Tiles>(problem, x, weight, first, count, channel_scales, begin, end,
-                     {from, from + num_next * row_bytes, (num_next * row_bytes / 64 + num_steps - 1) / num_steps});
+    many_rows<Tiles>(problem, x, weight, first, count, channel_scales);
   }
   _tile_release();
+}
+
+// Few rows of activations find as much to do in small items; many are read again for every item.
+int64_t rows_of_item(const Matmul& problem, const PackedRows& x, int64_t num_threads) {
+  if (x.num_tiles <= kDirectTiles) return kLeastItem;
+  const int64_t fitting = kItemBytes / (x.num_steps * kTileBytes), fair = problem.out_dim / (4 * num_threads);
+  return std::clamp(std::min(fitting, fair) / kLeastItem * kLeastItem, kLeastItem, kMostItem);
 }
 
 template <class Tiles, class Order>
@@ -343,13 +334,9 @@ void tile_matmul(const Matmul& problem, const ForEach& for_each) {
   x.tiles = rows_scratch.at_least(x.num_tiles * x.num_steps * x.tile_bytes());
   x.scales = reinterpret_cast<float*>(scales_scratch.at_least(problem.num_rows * sizeof(float)));
   prepare_rows(problem, for_each, x.columns, [&](int64_t tile) { pack_tile<Tiles, Order>(problem, tile, x); });
-  const int64_t num_items = (problem.out_dim + kRowsOfItem - 1) / kRowsOfItem;
-  const int64_t num_blocks = (x.num_tiles * x.num_steps * x.tile_bytes() + kBlockBytes - 1) / kBlockBytes;
-  const int64_t tiles_of_block = padded((x.num_tiles + num_blocks - 1) / num_blocks, 2);
-  for_each((x.num_tiles + tiles_of_block - 1) / tiles_of_block * num_items, [&](int64_t item) {
-    const int64_t begin = item / num_items * tiles_of_block, end = std::min(x.num_tiles, begin + tiles_of_block);
-    amx_item<Tiles, Order>(problem, x, item % num_items, begin, end, for_each.num_threads);
-  });
+  x.rows_of_item = rows_of_item(problem, x, for_each.num_threads);
+  for_each((problem.out_dim + x.rows_of_item - 1) / x.rows_of_item,
+           [&](int64_t item) { amx_item<Tiles, Order>(problem, x, item); });
 }
 
 }  // namespace
