@@ -20,7 +20,7 @@ from millrace.sharding.mesh import make_mesh
 
 OpenTiny = Callable[..., Runtime]
 SMALL: dict[str, Any] = {"num_slots": 2, "max_step_tokens": 8, "max_context_len": 48}
-NAMES = {"decode-2", "mixed-8", "install", "initial-state"}
+NAMES = {"decode-1", "mixed-8", "install", "initial-state"}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -89,7 +89,7 @@ def test_damaged_programs_are_compiled_again(
 ) -> None:
     files = kept(cache)
     sound = {name: file.read_bytes() for name, file in files.items()}
-    files["decode-2"].write_bytes(sound["decode-2"][:-100])
+    files["decode-1"].write_bytes(sound["decode-1"][:-100])
     files["install"].write_bytes(b"")
     files["initial-state"].write_bytes(b'{"used": [0]}\nx')
     assert tokens(open_tiny(**SMALL, compile_cache_dir=str(cache))) == first[1]
