@@ -128,7 +128,7 @@ def test_an_artifact_decides_what_a_config_leaves_open(artifact: Path, deploymen
 
 def test_a_manifest_says_what_each_program_takes(artifact: Path, deployment: Deployment) -> None:
     manifest = read_manifest(artifact)
-    assert set(manifest.programs) == {"decode-1", "mixed-8", "install", "initial-state"}
+    assert set(manifest.programs) == {"decode-1", "decode-2", "mixed-8", "install", "initial-state"}
     assert manifest.programs["decode-1"].in_place >= deployment.model.cache.values.num_bytes
     assert manifest.num_bytes == sum(path.stat().st_size for path in artifact.glob("*.xla"))
     assert manifest.kernels and manifest.facts["jax"]["jax"] == jax.__version__

@@ -20,7 +20,7 @@ from millrace.sharding.mesh import make_mesh
 
 OpenTiny = Callable[..., Runtime]
 SMALL: dict[str, Any] = {"num_slots": 2, "max_step_tokens": 8, "max_context_len": 48}
-NAMES = {"decode-1", "mixed-8", "install", "initial-state"}
+NAMES = {"decode-1", "decode-2", "mixed-8", "install", "initial-state"}
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
