@@ -58,7 +58,8 @@ inline void product_scales(const Weight& weight, int64_t first, int64_t count, f
   for (int64_t n = 0; n < count; ++n) scales[n] = is_after ? group_scale(weight, first + n, 0).scale : 1.0f;
 }
 
-// Row `row` of the weight without what product_scales leaves, `count` values, into `to`; needs a row of which a group is a multiple of kLeastGroup.
+// Row `row` of the weight without what product_scales leaves, `count` values, into `to`; needs a row of which a group is a
+// multiple of kLeastGroup.
 template <class Simd>
 void dequantize_row(const Weight& weight, int64_t row, int64_t count, float* to) {
   const uint8_t* from = weight.values + row * weight.row_bytes;

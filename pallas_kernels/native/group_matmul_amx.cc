@@ -91,7 +91,8 @@ void unpack_chunk(const uint8_t* from, uint8_t* to) {
   }
 }
 
-// Scales and shifts of an item's rows: [panel][groups][2][16 rows].
+// An item's scales and, where zero points differ, shifts: [panel][groups][2][16 rows].
+template <bool kIsSymmetric>
 const float* item_scales(const Matmul& problem, int64_t first, int64_t count) {
   thread_local Scratch scratch;
   const Weight& weight = problem.weight;
@@ -104,7 +105,7 @@ const float* item_scales(const Matmul& problem, int64_t first, int64_t count) {
         const LaneScales mine(weight, first + panel * kTileRows + n, g);
         by_row[0][n] = mine.scales, by_row[1][n] = mine.shifts;
       }
-      for (int part = 0; part < 2; ++part) {
+      for (int part = 0; part < (kIsSymmetric ? 1 : 2); ++part) {
         Avx512::transpose(by_row[part]);
         for (int i = 0; i < 16; ++i)
           Avx512::store(scales + panel * room + (2 * (g + i) + part) * kTileRows, by_row[part][i]);
@@ -122,8 +123,7 @@ const float* item_scales(const Matmul& problem, int64_t first, int64_t count) {
     _tile_dpbusd(sum, weight, row);                                                                                \
   }
 
-// products[groups][16 rows of the weight][16 of activations] of up to four groups; stored when all are on their way,
-// for a load waits for stores before it whose addresses have the same last 12 bits.
+// products[groups][16 rows of the weight][16 of activations] of up to four groups, stored when all are on their way.
 template <int kGroup>
 [[gnu::always_inline]] inline void multiply_groups(int64_t num_groups, const uint8_t* weights, const uint8_t* rows,
                                                    uint8_t* products) {
@@ -146,8 +146,8 @@ template <int kGroup>
 
 // sums[n] += scaled products of a group.
 template <bool kIsSymmetric>
-[[gnu::always_inline]] inline void add_group(const uint8_t* products, const float* factors,
-                                                    const float* scales, __m512 (&sums)[16]) {
+[[gnu::always_inline]] inline void add_group(const uint8_t* products, const float* factors, const float* scales,
+                                             __m512 (&sums)[16]) {
   const __m512 row_scales = _mm512_load_ps(factors), row_shifts = _mm512_load_ps(factors + kTileRows);
 #pragma GCC unroll 16
   for (int n = 0; n < 16; ++n) {
@@ -199,7 +199,7 @@ void group_item(const Matmul& problem, const GroupRows& x, int64_t first, int64_
   const Weight& weight = problem.weight;
   const int64_t count = std::min(kRowsOfItem, problem.out_dim - first), num_panels = (count + kTileRows - 1) / kTileRows;
   const int64_t of_panel = padded(weight.num_groups, 16) * 2 * kTileRows, of_tile = kTileRows * kTileRows;
-  const float* scales = item_scales(problem, first, count);
+  const float* scales = item_scales<kIsSymmetric>(problem, first, count);
   auto* sums = reinterpret_cast<float*>(sums_scratch.at_least(kPanels * x.num_tiles * of_tile * sizeof(float)));
   std::memset(sums, 0, kPanels * x.num_tiles * of_tile * sizeof(float));
   const uint8_t *mine = weight.values + first * weight.row_bytes, *others = weight.values + next * weight.row_bytes;

@@ -22,7 +22,6 @@ constexpr int64_t kLeastItem = 64, kMostItem = 256;  // rows of the weight
 constexpr int64_t kItemBytes = 1 << 20;  // of a large item's tiles, which stay in the second-level cache
 constexpr int64_t kDirectTiles = 4;  // of activations that meet a plain weight where it lies
 constexpr int64_t kManyRows = 5;  // from here on tiles of dequantized weights pay
-constexpr int64_t kManyRounded = 9;  // where 4-bit weights meet int8 without
 
 // Tiles 0 to 3 sum, 4 and 5 hold weights, 6 and 7 activations; `columns` rows of activations lie in a tile.
 void configure(int64_t columns) {
@@ -347,7 +346,7 @@ MatmulKernel amx_matmul(const Matmul& problem) {
   // Activations rounded to int8 keep their digits in bfloat16 but for the scale's; others of more digits do not.
   if (problem.x_type != Type::kBfloat16) return nullptr;
   const bool is_plain = problem.weight.storage == Storage::kBfloat16;
-  if (!is_plain && problem.num_rows < (problem.rounds_x ? kManyRounded : kManyRows)) return nullptr;
+  if (!is_plain && problem.num_rows < kManyRows) return nullptr;
   return is_nibble_problem(problem) ? tile_matmul<Bfloat16Tiles, NibbleOrder> : tile_matmul<Bfloat16Tiles, PlainOrder>;
 }
 

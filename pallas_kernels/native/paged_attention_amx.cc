@@ -4,6 +4,7 @@
 // it. A tile of keys [16, 32] is as the cache has it; queries and weights are pairs (of H, of keys) along their rows,
 // as the second operand wants them; values are transposed while they are packed, [16 of H, 32 keys].
 // Single queries are AVX-512's: reading their keys bounds them, and most of a tile would be idle.
+#include "amx.h"
 #include "paged_attention_tile.h"
 #include "vector_avx512.h"
 
@@ -12,13 +13,7 @@ namespace {
 
 using Half = uint16_t;  // the bits of a bfloat16
 
-constexpr int64_t kTileHalfs = 16 * 32;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+constexpr int64_t kTileHalfs = kTile / sizeof(Half);
 
 // Operands of a product: tiles a(i, step) at a + i * a_next + step * a_step, rows a_row bytes apart; tiles b(step, j),
 // one behind the other.
@@ -29,14 +24,11 @@ struct Operands {
   int64_t num_steps;
 };
 
-// GCC's tile intrinsics do not say that they touch memory.
-inline void order_memory() { __asm__ volatile("" ::: "memory"); }
-
 // c(i, j) (+)= sum over steps of a(i, step) b(step, j): 2 x 2 tiles, 16 rows of `c_row` floats each below the other.
 inline void multiply_2x2(const Operands& x, float* c, int64_t c_row, bool is_sum) {
   float* below = c + 16 * c_row;
   const int64_t c_bytes = c_row * 4;
-  order_memory();
+  finish_stores();
   if (is_sum) {
     _tile_loadd(0, c, c_bytes);
     _tile_loadd(1, c + 16, c_bytes);
@@ -63,7 +55,6 @@ inline void multiply_2x2(const Operands& x, float* c, int64_t c_row, bool is_sum
   _tile_stored(1, c + 16, c_bytes);
   _tile_stored(2, below, c_bytes);
   _tile_stored(3, below + 16, c_bytes);
-  order_memory();
 }
 
 inline __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
@@ -171,8 +162,9 @@ struct AmxProduct {
 void attend_amx(const Problem& p, const Item& item, float* scratch) {
   const bool is_exact = p.values_number != Number::kFloat32 && p.values_number != Number::kFloat16;  // as bfloat16
   if (item.partial != nullptr || p.q_number != Number::kBfloat16 || !is_exact) return attend_avx512(p, item, scratch);
-  const TileConfig config;
-  _tile_loadconfig(&config);
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) config.set(tile, kTileRows, kTileBytes);
+  config.load();
   Tile<Avx512, AmxProduct>(p, item, scratch).run();
   _tile_release();
 }

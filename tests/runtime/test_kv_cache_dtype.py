@@ -17,7 +17,8 @@ CHECKPOINTS = sorted(path.name for path in (Path(__file__).parents[1] / "fixture
 # Of the log probabilities of a prompt, in nats: mean and largest difference from the exact cache's. Random weights and
 # heads of 8 to 16 numbers are the worst case; where experts are close, what little is lost sends a token to another.
 BOUNDS = {"int8": (0.03, 0.2), "fp8": (0.25, 1.2)}
-BOUNDS_OF_EXPERTS = {"int8": (0.1, 1.2), "fp8": (0.35, 3.0)}  # the worst: gpt_oss_mxfp4, by XLA as by native kernels
+BOUNDS_OF_EXPERTS = {"int8": (0.1, 1.0), "fp8": (0.25, 1.6)}
+BOUNDS_OF_CLOSE_EXPERTS = {"int8": (0.1, 1.1), "fp8": (0.3, 3.0)}  # of gpt_oss_mxfp4, by XLA as by native kernels
 GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
 CHECKPOINT = "qwen3_default"  # 2 KV heads
 PROMPTS = [[3 + i, 4, 5, 6 + i] * 5 for i in range(3)]
@@ -55,7 +56,8 @@ def test_log_probabilities_stay_close(
 ) -> None:
     found = differences(open_tiny, fixture_checkpoints / checkpoint, dtype)
     has_experts = checkpoint.startswith(("gpt_oss", "mixtral", "qwen3_moe"))
-    mean, largest = (BOUNDS_OF_EXPERTS if has_experts else BOUNDS)[dtype]
+    bounds = BOUNDS_OF_EXPERTS if has_experts else BOUNDS
+    mean, largest = (BOUNDS_OF_CLOSE_EXPERTS if checkpoint == "gpt_oss_mxfp4" else bounds)[dtype]
     assert 1e-4 < found.mean() < mean, "a mean of next to nothing would say that nothing was rounded"
     assert found.max() < largest
 

@@ -31,7 +31,7 @@ LOCAL = LayerSpec(attention=attention(window=16), mlp=MlpSpec(mlp_dim=1024))
 CONFIG = ModelConfig(
     family="llama", vocab_size=64, embed_dim=256, layers=(WIDE, LOCAL) * 4, max_context_len=256, tie_embeddings=True
 )
-BUCKETS = (Bucket(True, 4, 4), Bucket(False, 16, 4))
+BUCKETS = (Bucket(True, 1, 1), Bucket(True, 4, 4), Bucket(False, 16, 4))
 
 
 def compiled(
