@@ -61,12 +61,12 @@ struct Item {
 // weights [G]; weights are 2^(score - top), and no sink is among them.
 inline int64_t partial_size(const Problem& p) { return p.num_groups() * (p.padded_dim() + 2); }
 
-inline constexpr int64_t kTileRows = 256;  // rows of a prefill item, of all heads that share a KV head
+inline constexpr int64_t kPrefillRows = 256;  // rows of a prefill item, of all heads that share a KV head
 inline constexpr int64_t kBlockKeys = 64;  // keys that are widened at once
 inline constexpr int64_t kRowGroup = 32;   // the most rows that an instruction set computes at once
 
 inline int64_t tile_queries(const Problem& p) {
-  return p.num_groups() < kTileRows ? kTileRows / p.num_groups() : 1;
+  return p.num_groups() < kPrefillRows ? kPrefillRows / p.num_groups() : 1;
 }
 
 inline constexpr int64_t kDimUnit = 32;  // to whose multiples instruction sets pad the head dimension
