@@ -29,12 +29,6 @@ inline float scalar_of(Type type, const uint8_t* p) {
   return _cvtsh_ss(bits);
 }
 
-// What stands for zero in a group.
-inline float zero_point(const Weight& weight, int64_t row, int64_t group) {
-  if (weight.storage != Storage::kUint4) return 0.0f;
-  return weight.zeros ? weight.zeros[row * weight.num_groups + group] : kUint4Offset;
-}
-
 // What dequantizes the values of one group: value * scale + shift.
 struct GroupScale {
   float scale, shift;
@@ -43,13 +37,14 @@ struct GroupScale {
 inline GroupScale group_scale(const Weight& weight, int64_t row, int64_t group) {
   const int64_t index = row * weight.num_groups + group, size = bytes_of(weight.scale_type);
   const float scale = scalar_of(weight.scale_type, weight.scales + index * size);
+  const float zero = weight.storage != Storage::kUint4 ? 0.0f : weight.zeros ? weight.zeros[index] : kUint4Offset;
   const float offset = weight.offsets ? scalar_of(weight.scale_type, weight.offsets + index * size) : 0.0f;
-  return {scale, offset - zero_point(weight, row, group) * scale};
+  return {scale, offset - zero * scale};
 }
 
 // Whether a row's one scale multiplies its products, so that its values, which are exact in bfloat16, enter them.
 inline bool scales_products(const Weight& weight) {
-  return weight.storage != Storage::kBfloat16 && weight.num_groups == 1 && !weight.offsets;
+  return weight.storage == Storage::kInt8 && weight.num_groups == 1 && !weight.offsets;
 }
 
 // What multiplies the products of rows [first, first + count): their scales, or 1 where those are in the operands.
@@ -66,8 +61,7 @@ void dequantize_row(const Weight& weight, int64_t row, int64_t count, float* to)
   if (weight.storage == Storage::kBfloat16) return widen<Simd>(Type::kBfloat16, from, count, to);
   const int64_t group = count / weight.num_groups;
   for (int64_t g = 0; g < weight.num_groups; ++g) {
-    const GroupScale by =
-        scales_products(weight) ? GroupScale{1.0f, -zero_point(weight, row, g)} : group_scale(weight, row, g);
+    const GroupScale by = scales_products(weight) ? GroupScale{1.0f, 0.0f} : group_scale(weight, row, g);
     const auto scale = Simd::all(by.scale), shift = Simd::all(by.shift);
     for (int64_t i = g * group; i < (g + 1) * group; i += Simd::kLanes) {
       const auto value = weight.storage == Storage::kInt8 ? Simd::load_int8(from + i) : Simd::load_nibbles(from + i / 2);

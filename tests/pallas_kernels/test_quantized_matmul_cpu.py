@@ -45,7 +45,7 @@ FORMATS_HERE: dict[str, WeightFormat | None] = {
     "int8 offsets": WeightFormat(name="int8_g32_offsets", storage="int8", group=32, offsets=True, scale="bfloat16"),
     "int8 rounded offsets": WeightFormat(name="int8_offsets", storage="int8", offsets=True, activations="int8"),
 }
-SHAPES = ((33, 48), (70, 200), (64, 192), (130, 640))  # [out, in], those that a format fits
+SHAPES = ((33, 48), (36, 128), (70, 200), (64, 192), (130, 640))  # [out, in], those that a format fits
 ROWS = (1, 2, 3, 5, 8, 16, 17, 33, 40, 64, 65, 130)
 # Largest error of a product, beside the root of the sum of its terms' squares: many roundings to bfloat16 cancel out.
 # Activations of 16 bits often lie half way between two codes, and XLA's division may put one on the other side.
