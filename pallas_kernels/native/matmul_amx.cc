@@ -3,8 +3,8 @@
 // Schedule: a weight's rows are the A side, 16 rows of 64 bytes to a tile; activations are the B side, packed once into
 // tiles of 4-byte words [word of K, row], so the product comes out transposed, y^T [N, M]. An item is some rows of the
 // weight with all rows of activations.
-// Up to 16 rows of activations: four tiles of the weight meet one of activations; up to 64, one of the weight up to four
-// of activations. A plain weight is taken where it lies, once, and bound by reading it. More rows: an item's weights are
+// Up to 16 rows of activations: two tiles of the weight meet one of activations, in even and odd steps of K apart; up to
+// 64, one of the weight up to four of activations. A plain weight is taken where it lies, once, and bound by reading it. More rows: an item's weights are
 // copied into tiles that lie one after another and stay in the second-level cache, as many as it has room for, because
 // the activations, which it has not, come by once for every item; two by two tiles are multiplied, each serving twice.
 // Bound by the products, and by the caches.
@@ -18,7 +18,8 @@
 namespace millrace {
 namespace {
 
-constexpr int64_t kLeastItem = 64, kMostItem = 256;  // rows of the weight
+constexpr int64_t kPair = 2 * kTileRows;  // rows of the weight in an item that meets one tile of activations
+constexpr int64_t kLeastItem = 64, kMostItem = 256;  // and in one that meets more
 constexpr int64_t kItemBytes = 1 << 20;  // of a large item's tiles, which stay in the second-level cache
 constexpr int64_t kDirectTiles = 4;  // of activations that meet a plain weight where it lies
 constexpr int64_t kManyRows = 5;  // from here on tiles of dequantized weights pay
@@ -65,29 +66,56 @@ struct WeightTiles {
   const uint8_t* at(int64_t tile, int64_t step) const { return first + tile * tile_stride + step * step_stride; }
 };
 
-// sums[t][16][columns] of the four tiles of an item and one of activations.
+// The sum of two tiles of sums, of `num_bytes`.
 template <class Tiles>
-void four_by_one(const WeightTiles& weight, const PackedRows& x, uint8_t* sums) {
-  const int64_t row_bytes = 4 * x.columns;
+void add_tiles(const uint8_t* first, const uint8_t* second, int64_t num_bytes, uint8_t* sum) {
+  for (int64_t i = 0; i < num_bytes; i += 64) {
+    const __m512 a = _mm512_load_ps(first + i), b = _mm512_load_ps(second + i);
+    if constexpr (Tiles::kIsInt8) {
+      _mm512_store_si512(sum + i, _mm512_add_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+    } else {
+      _mm512_store_ps(sum + i, _mm512_add_ps(a, b));
+    }
+  }
+}
+
+// sums[2][16][columns] of the two tiles of an item and one of activations, two steps under way.
+template <class Tiles>
+void two_by_one(const WeightTiles& weight, const PackedRows& x, uint8_t* sums) {
+  const int64_t row_bytes = 4 * x.columns, x_bytes = x.tile_bytes();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t step = 0; step < x.num_steps; ++step) {
-    _tile_loadd(6, x.tiles + step * x.tile_bytes(), row_bytes);
+  int64_t step = 0;
+  for (; step + 2 <= x.num_steps; step += 2) {
+    const uint8_t* rows = x.tiles + step * x_bytes;
+    _tile_loadd(6, rows, row_bytes);
+    _tile_loadd(4, weight.at(0, step), weight.row_stride);
+    MILLRACE_MULTIPLY(Tiles, 0, 4, 6)
+    _tile_loadd(7, rows + x_bytes, row_bytes);
+    _tile_loadd(5, weight.at(0, step + 1), weight.row_stride);
+    MILLRACE_MULTIPLY(Tiles, 1, 5, 7)
+    _tile_loadd(4, weight.at(1, step), weight.row_stride);
+    MILLRACE_MULTIPLY(Tiles, 2, 4, 6)
+    _tile_loadd(5, weight.at(1, step + 1), weight.row_stride);
+    MILLRACE_MULTIPLY(Tiles, 3, 5, 7)
+  }
+  if (step < x.num_steps) {
+    _tile_loadd(6, x.tiles + step * x_bytes, row_bytes);
     _tile_loadd(4, weight.at(0, step), weight.row_stride);
     MILLRACE_MULTIPLY(Tiles, 0, 4, 6)
     _tile_loadd(5, weight.at(1, step), weight.row_stride);
-    MILLRACE_MULTIPLY(Tiles, 1, 5, 6)
-    _tile_loadd(4, weight.at(2, step), weight.row_stride);
-    MILLRACE_MULTIPLY(Tiles, 2, 4, 6)
-    _tile_loadd(5, weight.at(3, step), weight.row_stride);
-    MILLRACE_MULTIPLY(Tiles, 3, 5, 6)
+    MILLRACE_MULTIPLY(Tiles, 2, 5, 6)
   }
-  _tile_stored(0, sums, row_bytes);
-  _tile_stored(1, sums + kTileRows * row_bytes, row_bytes);
-  _tile_stored(2, sums + 2 * kTileRows * row_bytes, row_bytes);
-  _tile_stored(3, sums + 3 * kTileRows * row_bytes, row_bytes);
+  alignas(64) uint8_t parts[4][kTile];
+  _tile_stored(0, parts[0], row_bytes);
+  _tile_stored(1, parts[1], row_bytes);
+  _tile_stored(2, parts[2], row_bytes);
+  _tile_stored(3, parts[3], row_bytes);
+  finish_stores();
+  add_tiles<Tiles>(parts[0], parts[1], x.tile_bytes(), sums);
+  add_tiles<Tiles>(parts[2], parts[3], x.tile_bytes(), sums + x.tile_bytes());
 }
 
 // sums[kM][16][16] of one tile of the weight and kM of activations.
@@ -207,11 +235,11 @@ void write_tile(const Matmul& problem, const PackedRows& x, const uint8_t* sums,
   }
 }
 
-// Few rows: sums [64 weights][columns], each row of activations a column.
+// Few rows: sums [32 weights][columns], each row of activations a column.
 template <class Tiles>
 void write_columns(const Matmul& problem, const PackedRows& x, const uint8_t* sums, int64_t first, int64_t count,
                    const float* channel_scales) {
-  alignas(64) float products[64];
+  alignas(64) float products[kPair];
   for (int64_t m = 0; m < problem.num_rows; ++m) {
     for (int64_t n = 0; n < count; ++n) {
       const uint8_t* at = sums + (n * x.columns + m) * 4;
@@ -236,9 +264,9 @@ WeightTiles weight_tiles(const Matmul& problem, int64_t first, int64_t count, co
   const Weight& weight = problem.weight;
   const bool is_plain = weight.storage == (Tiles::kIsInt8 ? Storage::kInt8 : Storage::kBfloat16);
   const int64_t row_bytes = x.num_steps * kTileBytes;
-  if (is_plain && weight.row_bytes == row_bytes && count == kLeastItem && x.num_tiles <= kDirectTiles)
+  if (is_plain && weight.row_bytes == row_bytes && count % kPair == 0 && x.num_tiles <= kDirectTiles)
     return {weight.values + first * row_bytes, row_bytes, kTileBytes, kTileRows * row_bytes};
-  const int64_t num_rows = std::max(kLeastItem, padded(count, 2 * kTileRows));
+  const int64_t num_rows = padded(count, kPair);
   uint8_t* tiles = tiles_scratch.at_least(num_rows * row_bytes);
   for (int64_t n = 0; n < num_rows; ++n) {
     uint8_t* to = tiles + n / kTileRows * kTileRows * row_bytes + n % kTileRows * kTileBytes;
@@ -305,8 +333,8 @@ void amx_item(const Matmul& problem, const PackedRows& x, int64_t item) {
   configure(x.columns);
   finish_stores();
   if (x.num_tiles == 1) {
-    alignas(64) uint8_t sums[4 * kTile];
-    four_by_one<Tiles>(weight, x, sums);
+    alignas(64) uint8_t sums[2 * kTile];
+    two_by_one<Tiles>(weight, x, sums);
     write_columns<Tiles>(problem, x, sums, first, count, channel_scales);
   } else if (x.num_tiles <= kDirectTiles) {
     some_rows<Tiles>(problem, x, weight, first, count, channel_scales);
@@ -318,7 +346,7 @@ void amx_item(const Matmul& problem, const PackedRows& x, int64_t item) {
 
 // Few rows of activations find as much to do in small items; many are read again for every item.
 int64_t rows_of_item(const Matmul& problem, const PackedRows& x, int64_t num_threads) {
-  if (x.num_tiles <= kDirectTiles) return kLeastItem;
+  if (x.num_tiles <= kDirectTiles) return x.num_tiles == 1 ? kPair : kLeastItem;
   const int64_t fitting = kItemBytes / (x.num_steps * kTileBytes), fair = problem.out_dim / (4 * num_threads);
   return std::clamp(std::min(fitting, fair) / kLeastItem * kLeastItem, kLeastItem, kMostItem);
 }
