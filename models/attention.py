@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ..pallas_kernels.paged_attention import KvCache
 from .config import AttentionSpec, ModelConfig
-from .linear import Linear
+from .linear import Linear, linear_each
 from .norm import RMSNorm
 from .rope import rotate
 from .step import Step
@@ -38,7 +38,7 @@ class Attention(nnx.Module):
         self, x: Float[Array, "R T D"], cache: KvCache[Array] | None, layer: jax.Array, step: Step
     ) -> tuple[Float[Array, "R T D"], KvCache[Array] | None]:
         spec = self.spec
-        q, k, v = self.q(x, step), self.k(x, step), self.v(x, step)
+        q, k, v = linear_each([self.q, self.k, self.v], x, step)
         if spec.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (y.reshape(*y.shape[:2], -1, spec.head_dim) for y in (q, k, v))

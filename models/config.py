@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Literal
 
+from ..pallas_kernels.gated_activation.contract import Activation
 from ..pallas_kernels.quantized_matmul.contract import WeightFormat
 
 RopeKind = Literal["default", "linear", "dynamic", "yarn", "llama3", "longrope"]
-Activation = Literal["silu", "gelu", "gelu_tanh"]
 # Formats of quantized projections by name: q, k, v and o of attention, gate, up and down of an MLP or of experts. A
 # projection that is not named is plain.
 type Formats = tuple[tuple[str, WeightFormat], ...]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from ..pallas_kernels.quantized_matmul import LayerOf, QuantizedWeight, WeightFormat, matmul
+from ..pallas_kernels.quantized_matmul import LayerOf, QuantizedWeight, WeightFormat, matmuls
 from ..sharding.axes import Axes, LogicalAxis
 from ..sharding.rules import RULES
 from .step import Step
@@ -90,28 +91,39 @@ class Projection(nnx.Module):
     def project(
         self, x: Float[Array, "*rows in"], step: Step, out_dtype: DTypeLike | None = None
     ) -> Float[Array, "*rows out"]:
-        """x [R, T, in], or [T, in] under a vmap over shards, times a weight without leading axes.
+        """x [R, T, in], or [T, in] under a vmap over shards, times a weight without leading axes."""
+        return project_each([self], x, step, out_dtype)[0]
 
-        A quantized weight is met shard by shard, for kernels would gather it; where `in` is split, the parts are
-        summed over tensor.
-        """
-        if self.format is None:
-            is_partitioned = step.is_partitioned
-            return matmul(x, self.value, kernels=step.kernels, out_dtype=out_dtype, is_partitioned=is_partitioned)
-        out_axis, in_axis = self.weight.get_metadata("axes")
-        rows: Axes = ("shard", "tokens") if x.ndim == 3 else (None,) * (x.ndim - 1)
-        is_split = step.placement.num_parts(in_axis) > 1
 
-        def local(x: Array, weight: QuantizedWeight | LayerOf) -> Array:
-            if not is_split:
-                return matmul(x, weight, kernels=step.kernels, out_dtype=out_dtype)
-            part = matmul(x, weight, kernels=step.kernels, out_dtype=jnp.float32)
-            whole: Array = jax.lax.psum(part, RULES[in_axis])
-            return whole.astype(out_dtype or x.dtype)
+def project_each(
+    projections: Sequence[Projection], x: Float[Array, "*rows in"], step: Step, out_dtype: DTypeLike | None = None
+) -> Sequence[Float[Array, "*rows out"]]:
+    """x [R, T, in], or [T, in] under a vmap over shards, times each of some weights, whose inputs have the same axis.
 
-        run = step.placement.map_shards(local, [(*rows, in_axis), self.value_axes], (*rows, out_axis))
-        y: Array = run(x, self.value)
-        return y
+    Quantized weights are met shard by shard, for kernels would gather them; where `in` is split, the parts are summed
+    over tensor.
+    """
+    are_plain = {projection.format is None for projection in projections}
+    if len(are_plain) > 1:
+        return [projection.project(x, step, out_dtype) for projection in projections]
+    values = [projection.value for projection in projections]
+    if are_plain == {True}:
+        return matmuls(x, values, kernels=step.kernels, out_dtype=out_dtype, is_partitioned=step.is_partitioned)
+    (in_axis,) = {projection.weight.get_metadata("axes")[1] for projection in projections}
+    rows: Axes = ("shard", "tokens") if x.ndim == 3 else (None,) * (x.ndim - 1)
+    is_split = step.placement.num_parts(in_axis) > 1
+
+    def local(x: Array, weights: list[QuantizedWeight | LayerOf]) -> tuple[Array, ...]:
+        if not is_split:
+            return tuple(matmuls(x, weights, kernels=step.kernels, out_dtype=out_dtype))
+        parts = matmuls(x, weights, kernels=step.kernels, out_dtype=jnp.float32)
+        return tuple(jax.lax.psum(part, RULES[in_axis]).astype(out_dtype or x.dtype) for part in parts)
+
+    weight_axes = [projection.value_axes for projection in projections]
+    out_axes = [(*rows, projection.weight.get_metadata("axes")[0]) for projection in projections]
+    run = step.placement.map_shards(local, [(*rows, in_axis), weight_axes], out_axes)
+    ys: tuple[Array, ...] = run(x, values)
+    return ys
 
 
 class Linear(Projection):
@@ -125,5 +137,10 @@ class Linear(Projection):
         self.bias = nnx.Param(jnp.zeros(shape[:1], dtype), axes=axes[:1]) if bias else None
 
     def __call__(self, x: Float[Array, "*rows in"], step: Step) -> Float[Array, "*rows out"]:
-        y = self.project(x, step)
-        return y if self.bias is None else y + self.bias[...]
+        return linear_each([self], x, step)[0]
+
+
+def linear_each(layers: Sequence[Linear], x: Float[Array, "*rows in"], step: Step) -> list[Float[Array, "*rows out"]]:
+    """What each of some layers makes of the same x: their matmuls are one where kernels can."""
+    ys = project_each(layers, x, step)
+    return [y if one.bias is None else y + one.bias[...] for one, y in zip(layers, ys, strict=True)]

@@ -1,22 +1,15 @@
 """The gated MLP."""
 
 import functools
-from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from .config import Activation, MlpSpec
-from .linear import Linear
+from ..pallas_kernels.gated_activation import gated_activation
+from .config import MlpSpec
+from .linear import Linear, linear_each
 from .step import Step
-
-ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-}
 
 
 class Mlp(nnx.Module):
@@ -31,5 +24,8 @@ class Mlp(nnx.Module):
         self.down = make(inner[::-1], ("embed", "mlp"), format=formats.get("down"))
 
     def __call__(self, x: Float[Array, "R T D"], step: Step) -> Float[Array, "R T D"]:
-        inner = ACTIVATIONS[self.spec.activation](self.gate(x, step)) * self.up(x, step)
+        gate, up = linear_each([self.gate, self.up], x, step)
+        inner = gated_activation(
+            gate, up, activation=self.spec.activation, kernels=step.kernels, is_partitioned=step.is_partitioned
+        )
         return self.down(step.placement.constrain(inner, "shard", "tokens", "mlp"), step)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
+from ..pallas_kernels.gated_activation import gated_activation
 from ..pallas_kernels.grouped_matmul import Weight, grouped_matmul
 from ..pallas_kernels.row_exchange import exchange_rows, segment_rows, starts_of
 from ..sharding.axes import Axes
 from .config import MoeSpec
 from .linear import Linear, Projection
-from .mlp import ACTIVATIONS
 from .step import Step
 
 
@@ -133,13 +133,13 @@ class Moe(nnx.Module):
         gate_bias, up_bias, down_bias = biases or (None, None, None)
         if down_bias is not None:  # the parts of a sharded mlp axis are summed: only one of them adds the bias
             down_bias = jnp.where(jax.lax.axis_index("tensor") == 0, down_bias, 0)
-        inner = self.activate(project(rows, gate, gate_bias), project(rows, up, up_bias))
+        inner = self.activate(project(rows, gate, gate_bias), project(rows, up, up_bias), step)
         return project(inner, down, down_bias)
 
-    def activate(self, gate: Float[Array, "M F"], up: Float[Array, "M F"]) -> Float[Array, "M F"]:
+    def activate(self, gate: Float[Array, "M F"], up: Float[Array, "M F"], step: Step) -> Float[Array, "M F"]:
         """The gated activation; with `swiglu_alpha`, gpt-oss's clamped one."""
         if self.spec.swiglu_alpha is None:
-            return ACTIVATIONS[self.spec.activation](gate) * up
+            return gated_activation(gate, up, activation=self.spec.activation, kernels=step.kernels)
         limit = self.spec.clamp_limit
         if limit is not None:
             gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ..errors import KernelError
 
 Platform = Literal["cpu", "gpu"]
-Operation = Literal["paged_attention", "quantized_matmul", "grouped_matmul", "row_exchange"]
+Operation = Literal["paged_attention", "quantized_matmul", "grouped_matmul", "row_exchange", "gated_activation"]
 
 _logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ class Implementation[Problem]:
     unsupported: Callable[[Problem], str | None]
     is_tuned: bool = False  # fn also takes `device_kind`, for the sizes that were tuned for it
     takes_stacks: bool = False  # fn finds a layer's weight in its stack by itself
+    several: Callable[..., Any] | None = None  # as fn, for several weights of one format: as many outputs at once
 
 
 def anywhere(problem: object) -> None:

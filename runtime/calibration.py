@@ -208,7 +208,7 @@ class _Observer(KernelChoices):
         entry: Implementation[Any] = super().choose(operation, table, problem)
         if operation not in ("quantized_matmul", "grouped_matmul"):
             return entry
-        return dataclasses.replace(entry, fn=self._observed(next(self._names), entry.fn))
+        return dataclasses.replace(entry, fn=self._observed(next(self._names), entry.fn), several=None)
 
     def take(self) -> list[tuple[str, np.ndarray, np.ndarray | None]]:
         """Name, rows, and group sizes if there are any, of the calls since the last time."""

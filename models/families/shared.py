@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...errors import UnsupportedModelError
-from ..config import Activation, AttentionSpec, LayerSpec, MlpSpec, ModelConfig, MoeSpec
+from ...pallas_kernels.gated_activation import Activation
+from ..config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig, MoeSpec
 from .names import Names
 from .reader import ConfigReader, agreed
 

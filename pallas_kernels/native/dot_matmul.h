@@ -72,6 +72,19 @@ void prepare_rows(const Matmul& problem, const ForEach& for_each, int64_t unit, 
   });
 }
 
+// Calls body(the matmul of one weight, item) for every item of `rows_of_item` rows of the weights that meet x.
+template <class Body>
+void for_each_item(const Matmul& problem, const ForEach& for_each, int64_t rows_of_item, const Body& body) {
+  const auto items_of = [&](const Matmul& one) { return (one.out_dim + rows_of_item - 1) / rows_of_item; };
+  int64_t num_items = 0;
+  for (const Matmul* one = &problem; one; one = one->next) num_items += items_of(*one);
+  for_each(num_items, [&](int64_t item) {
+    const Matmul* mine = &problem;
+    for (; item >= items_of(*mine); mine = mine->next) item -= items_of(*mine);
+    body(*mine, item);
+  });
+}
+
 // products[m * kItemRows + n] for kM rows of activations and kN of the weight.
 template <class Operand, int kN, int kM>
 void dots(const uint8_t* weight, int64_t weight_stride, const Rows& x, int64_t first_row, float* products) {
@@ -149,15 +162,15 @@ void dot_matmul(const Matmul& problem, const ForEach& for_each) {
   x.rows = rows_scratch.at_least(problem.num_rows * x.stride);
   x.scales = reinterpret_cast<float*>(scales_scratch.at_least(problem.num_rows * sizeof(float)));
   prepare_rows(problem, for_each, 1, [&](int64_t row) { prepare_row<Operand>(problem, row, x); });
-  for_each((problem.out_dim + kItemRows - 1) / kItemRows, [&](int64_t item) {
+  for_each_item(problem, for_each, kItemRows, [&](const Matmul& one, int64_t item) {
     thread_local Scratch panel;
-    const int64_t first = item * kItemRows, count = std::min(kItemRows, problem.out_dim - first);
-    const uint8_t* weight = operands<Operand>(problem, first, count, x.stride, panel);
+    const int64_t first = item * kItemRows, count = std::min(kItemRows, one.out_dim - first);
+    const uint8_t* weight = operands<Operand>(one, first, count, x.stride, panel);
     float channel_scales[kItemRows];
-    product_scales(problem.weight, first, count, channel_scales);
+    product_scales(one.weight, first, count, channel_scales);
     float products[4 * kItemRows];
-    for (int64_t row = 0; row < problem.num_rows;) {
-      const int64_t num_rows = std::min<int64_t>(problem.num_rows - row, Operand::kColumnsAtOnce);
+    for (int64_t row = 0; row < one.num_rows;) {
+      const int64_t num_rows = std::min<int64_t>(one.num_rows - row, Operand::kColumnsAtOnce);
       if (num_rows == 4) {
         dots_of_item<Operand, 4>(weight, x.stride, count, x, row, products);
       } else if (num_rows == 3) {
@@ -167,7 +180,7 @@ void dot_matmul(const Matmul& problem, const ForEach& for_each) {
       } else {
         dots_of_item<Operand, 1>(weight, x.stride, count, x, row, products);
       }
-      write_products<Operand>(problem, x, row, num_rows, first, count, channel_scales, products);
+      write_products<Operand>(one, x, row, num_rows, first, count, channel_scales, products);
       row += num_rows;
     }
   });

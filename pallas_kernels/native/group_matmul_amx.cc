@@ -252,8 +252,9 @@ void group_matmul(const Matmul& problem, const ForEach& for_each) {
   const int64_t num_factors = x.num_tiles * x.num_groups * 2 * kTileRows;
   x.factors = reinterpret_cast<float*>(factors_scratch.at_least(num_factors * sizeof(float)));
   prepare_rows(problem, for_each, kTileRows, [&](int64_t tile) { pack_groups(problem, tile, x); });
-  for_each((problem.out_dim + kRowsOfItem - 1) / kRowsOfItem,
-           [&](int64_t item) { item_in_tiles<kGroup>(problem, x, item, for_each.num_threads); });
+  for_each_item(problem, for_each, kRowsOfItem, [&](const Matmul& one, int64_t item) {
+    item_in_tiles<kGroup>(one, x, item, for_each.num_threads);
+  });
 }
 
 }  // namespace

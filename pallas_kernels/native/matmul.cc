@@ -1,25 +1,15 @@
-// The FFI target of a matmul with a weight: what XLA hands over, checked, and the kernel of the instruction set named.
+// The FFI target of matmuls of the same activations: what XLA hands over, checked, and the kernel of the set named.
 #include <algorithm>
-#include <optional>
 #include <string_view>
+#include <vector>
 
+#include "ffi_types.h"
 #include "instruction_sets.h"
-#include "matmul.h"
 #include "parallel.h"
 #include "targets.h"
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
 
 namespace millrace {
 namespace {
-
-std::optional<Type> type_of(ffi::DataType type) {
-  if (type == ffi::F32) return Type::kFloat32;
-  if (type == ffi::BF16) return Type::kBfloat16;
-  if (type == ffi::F16) return Type::kFloat16;
-  return std::nullopt;
-}
 
 std::optional<Storage> storage_of(ffi::DataType type) {
   if (type == ffi::BF16) return Storage::kBfloat16;
@@ -55,40 +45,77 @@ const uint8_t* at_layer(const ffi::AnyBuffer& stack, int64_t layer) {
   return bytes_of(stack) + stack.size_bytes() / stack.dimensions()[0] * layer;
 }
 
-ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer, ffi::AnyBuffer values,
-                  ffi::AnyBuffer scales, ffi::AnyBuffer zeros, ffi::AnyBuffer offsets, ffi::Result<ffi::AnyBuffer> y,
-                  std::string_view instruction_set, bool rounds_x) {
+constexpr size_t kArraysOfWeight = 4;
+
+// The arrays of one weight, the last three of them without elements where they are left out.
+struct Arrays {
+  ffi::AnyBuffer values;   // [L, N, K], or K / 2 for 4 bits
+  ffi::AnyBuffer scales;   // [L, N, groups]
+  ffi::AnyBuffer zeros;
+  ffi::AnyBuffer offsets;
+};
+
+Weight weight_of(const Arrays& arrays, int64_t layer) {
+  const auto shape = arrays.values.dimensions();
+  const int64_t index = std::clamp<int64_t>(layer, 0, shape[0] - 1);
+  Weight weight;
+  weight.storage = *storage_of(arrays.values.element_type());
+  weight.values = at_layer(arrays.values, index);
+  weight.row_bytes = static_cast<int64_t>(arrays.values.size_bytes()) / (shape[0] * shape[1]);
+  weight.scale_type = arrays.scales.element_count() ? *type_of(arrays.scales.element_type()) : Type::kFloat32;
+  weight.scales = at_layer(arrays.scales, index);
+  weight.zeros = at_layer(arrays.zeros, index);
+  weight.offsets = at_layer(arrays.offsets, index);
+  weight.num_groups = arrays.scales.element_count() ? arrays.scales.dimensions()[2] : 1;
+  return weight;
+}
+
+// Whether the arrays of a weight are of types and shapes that weight_of reads, and alike to those of the first.
+bool is_sound(const Arrays& arrays, const Arrays& first) {
+  const auto alike = [](const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
+    return a.element_type() == b.element_type() && !a.element_count() == !b.element_count();
+  };
+  return arrays.values.dimensions().size() == 3 && storage_of(arrays.values.element_type()) &&
+         arrays.values.dimensions()[2] == first.values.dimensions()[2] &&
+         (!arrays.scales.element_count() || (type_of(arrays.scales.element_type()) && arrays.scales.dimensions().size() == 3 &&
+                                             arrays.scales.dimensions()[2] == first.scales.dimensions()[2])) &&
+         alike(arrays.values, first.values) && alike(arrays.scales, first.scales) && alike(arrays.zeros, first.zeros) &&
+         alike(arrays.offsets, first.offsets);
+}
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs arrays,
+                  ffi::RemainingRets outs, std::string_view instruction_set, bool rounds_x) {
   const InstructionSet set = usable_instruction_set(instruction_set);
   if (!bit(set)) return ffi::Error::Internal("this CPU cannot run what the program was compiled for");
-  const auto x_type = type_of(x.element_type()), out_type = type_of(y->element_type());
-  const auto storage = storage_of(values.element_type());
-  const auto scale_type = scales.element_count() ? type_of(scales.element_type()) : Type::kFloat32;
-  if (!x_type || !out_type || !storage || !scale_type || x.dimensions().size() != 2 || values.dimensions().size() != 3)
-    return ffi::Error::InvalidArgument("expected x [M, K] and a stack of weights [L, N, K] of known types");
-  Matmul problem;
-  problem.num_rows = x.dimensions()[0];
-  problem.in_dim = x.dimensions()[1];
-  problem.out_dim = values.dimensions()[1];
-  if (problem.num_rows == 0 || problem.out_dim == 0) return ffi::Error::Success();
-  const int64_t index = std::clamp<int64_t>(layer.typed_data()[0], 0, values.dimensions()[0] - 1);
-  problem.x_type = *x_type;
-  problem.x = bytes_of(x);
-  problem.rounds_x = rounds_x;
-  problem.out_type = *out_type;
-  problem.out = static_cast<uint8_t*>(y->untyped_data());
-  Weight& weight = problem.weight;
-  weight.storage = *storage;
-  weight.values = at_layer(values, index);
-  weight.row_bytes = static_cast<int64_t>(values.size_bytes()) / (values.dimensions()[0] * problem.out_dim);
-  weight.scale_type = *scale_type;
-  weight.scales = at_layer(scales, index);
-  weight.zeros = at_layer(zeros, index);
-  weight.offsets = at_layer(offsets, index);
-  weight.num_groups = scales.element_count() ? scales.dimensions()[2] : 1;
+  const auto x_type = type_of(x.element_type());
+  if (!x_type || x.dimensions().size() != 2 || outs.size() == 0 || arrays.size() != kArraysOfWeight * outs.size())
+    return ffi::Error::InvalidArgument("expected x [M, K] of a known type, and four arrays for each weight");
+  std::vector<Arrays> weights;
+  std::vector<Matmul> problems(outs.size());
+  for (size_t number = 0; number < outs.size(); ++number) {
+    const auto array = [&](size_t i) { return *arrays.get<ffi::AnyBuffer>(kArraysOfWeight * number + i); };
+    const auto out = *outs.get<ffi::AnyBuffer>(number);
+    weights.push_back({array(0), array(1), array(2), array(3)});
+    const auto out_type = type_of(out->element_type());
+    if (!out_type || !is_sound(weights.back(), weights.front()))
+      return ffi::Error::InvalidArgument("expected stacks of weights [L, N, K] of known types, all of them alike");
+    Matmul& problem = problems[number];
+    problem.num_rows = x.dimensions()[0];
+    problem.in_dim = x.dimensions()[1];
+    problem.out_dim = weights.back().values.dimensions()[1];
+    problem.x_type = *x_type;
+    problem.x = bytes_of(x);
+    problem.weight = weight_of(weights.back(), layer.typed_data()[0]);
+    problem.rounds_x = rounds_x;
+    problem.out_type = *out_type;
+    problem.out = static_cast<uint8_t*>(out->untyped_data());
+    if (number > 0) problems[number - 1].next = &problem;
+  }
+  if (problems[0].num_rows == 0) return ffi::Error::Success();
   const auto run = [&](int64_t num_items, const std::function<void(int64_t)>& body) {
     parallel_for(pool, num_items, body);
   };
-  kernel_of(problem, set)(problem, {pool.num_threads(), run});
+  kernel_of(problems[0], set)(problems[0], {pool.num_threads(), run});
   return ffi::Error::Success();
 }
 
@@ -99,11 +126,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(millrace_matmul, matmul,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()          // x [M, K]
                                   .Arg<ffi::Buffer<ffi::S32>>()   // the layer, a scalar
-                                  .Arg<ffi::AnyBuffer>()          // values [L, N, K], or K / 2 for 4 bits
-                                  .Arg<ffi::AnyBuffer>()          // scales [L, N, groups]; this and what follows may be
-                                  .Arg<ffi::AnyBuffer>()          // zeros   left out: an array without elements
-                                  .Arg<ffi::AnyBuffer>()          // offsets
-                                  .Ret<ffi::AnyBuffer>()          // y [M, N]
+                                  .RemainingArgs()                // Arrays of one weight after the other
+                                  .RemainingRets()                // y [M, N] for each weight
                                   .Attr<std::string_view>("instruction_set")
                                   .Attr<bool>("rounds_x"));
 MILLRACE_TARGET(millrace_matmul);

@@ -347,7 +347,9 @@ void amx_item(const Matmul& problem, const PackedRows& x, int64_t item) {
 // Few rows of activations find as much to do in small items; many are read again for every item.
 int64_t rows_of_item(const Matmul& problem, const PackedRows& x, int64_t num_threads) {
   if (x.num_tiles <= kDirectTiles) return x.num_tiles == 1 ? kPair : kLeastItem;
-  const int64_t fitting = kItemBytes / (x.num_steps * kTileBytes), fair = problem.out_dim / (4 * num_threads);
+  int64_t num_outputs = 0;
+  for (const Matmul* one = &problem; one; one = one->next) num_outputs += one->out_dim;
+  const int64_t fitting = kItemBytes / (x.num_steps * kTileBytes), fair = num_outputs / (4 * num_threads);
   return std::clamp(std::min(fitting, fair) / kLeastItem * kLeastItem, kLeastItem, kMostItem);
 }
 
@@ -362,8 +364,8 @@ void tile_matmul(const Matmul& problem, const ForEach& for_each) {
   x.scales = reinterpret_cast<float*>(scales_scratch.at_least(problem.num_rows * sizeof(float)));
   prepare_rows(problem, for_each, x.columns, [&](int64_t tile) { pack_tile<Tiles, Order>(problem, tile, x); });
   x.rows_of_item = rows_of_item(problem, x, for_each.num_threads);
-  for_each((problem.out_dim + x.rows_of_item - 1) / x.rows_of_item,
-           [&](int64_t item) { amx_item<Tiles, Order>(problem, x, item); });
+  for_each_item(problem, for_each, x.rows_of_item,
+                [&](const Matmul& one, int64_t item) { amx_item<Tiles, Order>(one, x, item); });
 }
 
 }  // namespace

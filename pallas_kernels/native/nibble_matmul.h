@@ -149,19 +149,19 @@ void nibble_matmul(const Matmul& problem, const ForEach& for_each) {
   auto* x = reinterpret_cast<ChunkRow<Nibbles>*>(
       scratch.at_least(problem.num_rows * num_chunks * sizeof(ChunkRow<Nibbles>)));
   prepare_rows(problem, for_each, 1, [&](int64_t row) { prepare_chunks(problem, row, x + row * num_chunks); });
-  for_each((problem.out_dim + kItemRows - 1) / kItemRows, [&](int64_t item) {
-    const int64_t first = item * kItemRows, count = std::min(kItemRows, problem.out_dim - first);
+  for_each_item(problem, for_each, kItemRows, [&](const Matmul& one, int64_t item) {
+    const int64_t first = item * kItemRows, count = std::min(kItemRows, one.out_dim - first);
     float products[4 * kItemRows];
-    for (int64_t row = 0; row < problem.num_rows; row += 4) {
-      const int64_t num_rows = std::min<int64_t>(problem.num_rows - row, 4);
+    for (int64_t row = 0; row < one.num_rows; row += 4) {
+      const int64_t num_rows = std::min<int64_t>(one.num_rows - row, 4);
       const ChunkRow<Nibbles>* mine = x + row * num_chunks;
-      if (num_rows == 4) nibble_item<Nibbles, 4>(problem, first, count, mine, products);
-      if (num_rows == 3) nibble_item<Nibbles, 3>(problem, first, count, mine, products);
-      if (num_rows == 2) nibble_item<Nibbles, 2>(problem, first, count, mine, products);
-      if (num_rows == 1) nibble_item<Nibbles, 1>(problem, first, count, mine, products);
+      if (num_rows == 4) nibble_item<Nibbles, 4>(one, first, count, mine, products);
+      if (num_rows == 3) nibble_item<Nibbles, 3>(one, first, count, mine, products);
+      if (num_rows == 2) nibble_item<Nibbles, 2>(one, first, count, mine, products);
+      if (num_rows == 1) nibble_item<Nibbles, 1>(one, first, count, mine, products);
       for (int64_t m = 0; m < num_rows; ++m)
-        narrow<typename Nibbles::Simd>(problem.out_type, products + m * kItemRows, count,
-                                       problem.out + ((row + m) * problem.out_dim + first) * bytes_of(problem.out_type));
+        narrow<typename Nibbles::Simd>(one.out_type, products + m * kItemRows, count,
+                                       one.out + ((row + m) * one.out_dim + first) * bytes_of(one.out_type));
     }
   });
 }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "exp2.h"
+
 namespace millrace::paged_attention {
 
 enum class Number { kFloat32, kBfloat16, kFloat16, kInt8, kFloat8 };
@@ -13,7 +15,6 @@ constexpr int64_t bytes_of(Number number) {
 }
 
 inline constexpr int kLanes = 16;  // heads' dimensions are padded to as many in what is computed
-inline constexpr float kLog2E = 1.44269504088896340736f;
 // Finite, so that no difference of them is NaN; the exponential of kMasked - kNoScore is 0, as it must be for a row
 // that has seen no key yet.
 inline constexpr float kMasked = -1e30f;

@@ -54,6 +54,7 @@ struct Avx512 {
   }
 
   static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
@@ -62,6 +63,9 @@ struct Avx512 {
   static Floats max_or_nan(Floats a, Floats b) {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
+  static Floats bounded(Floats x) { return x; }  // times_power needs no bounds
+  static Floats round(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Floats times_power(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }
   static float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 
   // Rows become columns.

@@ -12,7 +12,6 @@ struct Avx2 : millrace::Avx2 {
   static constexpr int kTileRegs = 4;  // of one operand in a register tile of products; the other has two
   static constexpr int kMixHeads = 2;  // heads in a register tile of a single query's mixed values
 
-  static Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm256_max_ps(a, b); }
   static bool equal(Floats a, Floats b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)) == 0xff; }
   static float max_of(Floats x) {
@@ -31,15 +30,6 @@ struct Avx2 : millrace::Avx2 {
   // 0 where x is 0, else a / x.
   static Floats div_or_zero(Floats a, Floats x) {
     return _mm256_and_ps(_mm256_div_ps(a, x), _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NEQ_UQ));
-  }
-  // Where times_power is right; it gives 0 for the lower bound.
-  static Floats bounded(Floats x) {
-    return _mm256_min_ps(_mm256_set1_ps(127), _mm256_max_ps(_mm256_set1_ps(-127), x));
-  }
-  static Floats round(Floats x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Floats times_power(Floats x, Floats whole) {
-    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
-    return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
   }
 
   static Floats load_float32(const uint8_t* p) { return _mm256_loadu_ps(reinterpret_cast<const float*>(p)); }

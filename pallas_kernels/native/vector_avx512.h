@@ -12,7 +12,6 @@ struct Avx512 : millrace::Avx512 {
   static constexpr int kTileRegs = 8;  // of one operand in a register tile of products; the other has two
   static constexpr int kMixHeads = 4;  // heads in a register tile of a single query's mixed values
 
-  static Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
   static Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
   static bool equal(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ) == 0xffff; }
   static float max_of(Floats x) { return _mm512_reduce_max_ps(x); }
@@ -27,9 +26,6 @@ struct Avx512 : millrace::Avx512 {
   static Floats div_or_zero(Floats a, Floats x) {
     return _mm512_maskz_div_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NEQ_UQ), a, x);
   }
-  static Floats bounded(Floats x) { return x; }  // times_power needs no bounds
-  static Floats round(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Floats times_power(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }
 
   static Floats load_float32(const uint8_t* p) { return _mm512_loadu_ps(p); }
   // The bits of float8_e4m3fn are those of a float16 whose exponent is too small by 8.

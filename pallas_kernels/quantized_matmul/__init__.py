@@ -1,8 +1,8 @@
 """Activations times a weight [out, in], plain or quantized: every linear layer."""
 
 import math
+from collections.abc import Sequence
 
-import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -12,13 +12,23 @@ from ..made_for import made_for
 from . import block_scaled, cpu, reference, xla
 from .contract import FORMATS, LayerOf, MatmulProblem, QuantizedWeight, Weight, WeightFormat, sliced
 
-__all__ = ["FORMATS", "TABLE", "LayerOf", "MatmulProblem", "QuantizedWeight", "Weight", "WeightFormat", "matmul"]
+__all__ = [
+    "FORMATS",
+    "TABLE",
+    "LayerOf",
+    "MatmulProblem",
+    "QuantizedWeight",
+    "Weight",
+    "WeightFormat",
+    "matmul",
+    "matmuls",
+]
 
 TABLE: tuple[Implementation[MatmulProblem], ...] = (
     made_for("hopper", __name__, "matmul"),
     made_for("blackwell", __name__, "matmul"),
     Implementation("block_scaled", block_scaled.matmul, block_scaled.unsupported),
-    Implementation("cpu", cpu.matmul, cpu.unsupported, takes_stacks=True),
+    Implementation("cpu", cpu.matmul, cpu.unsupported, takes_stacks=True, several=cpu.matmuls),
     Implementation("xla", xla.matmul, anywhere),
     Implementation("reference", reference.matmul, anywhere),
 )
@@ -37,11 +47,34 @@ def matmul(
 
     float32 means float32: no TF32. Raises KernelError if the shapes disagree or the implementation cannot serve.
     """
+    return matmuls(x, [weight], kernels=kernels, out_dtype=out_dtype, is_partitioned=is_partitioned)[0]
+
+
+def matmuls(
+    x: Float[Array, "*rows in"],
+    weights: Sequence[Weight | LayerOf],
+    *,
+    kernels: KernelChoices,
+    out_dtype: DTypeLike | None = None,
+    is_partitioned: bool = False,
+) -> list[Float[Array, "*rows out"]]:
+    """As `matmul`, with each of some weights: at once where they are of one format and their implementation can."""
+    problems = [_problem(x, weight, kernels, is_partitioned) for weight in weights]
+    chosen = [kernels.choose("quantized_matmul", TABLE, problem) for problem in problems]
+    options = {"platform": kernels.platform, "out_dtype": out_dtype or x.dtype}
+    taken = [weight if one.takes_stacks else sliced(weight) for weight, one in zip(weights, chosen, strict=True)]
+    kinds = {(one.name, problem.format, problem.weight_dtype) for one, problem in zip(chosen, problems, strict=True)}
+    if len(kinds) == 1 and len(weights) > 1 and chosen[0].several is not None:
+        return list(chosen[0].several(x, taken, **options))
+    return [one.fn(x, weight, **options) for one, weight in zip(chosen, taken, strict=True)]
+
+
+def _problem(x: Array, weight: Weight | LayerOf, kernels: KernelChoices, is_partitioned: bool) -> MatmulProblem:
     out_dim, in_dim = weight.shape
     if x.shape[-1] != in_dim:
         raise KernelError(f"a weight [out, in] = {weight.shape} wants activations of width {in_dim}, got {x.shape}")
     whole = weight.stack if isinstance(weight, LayerOf) else weight
-    problem = MatmulProblem(
+    return MatmulProblem(
         platform=kernels.platform,
         format=whole.format if isinstance(whole, QuantizedWeight) else None,
         num_rows=math.prod(x.shape[:-1]),
@@ -52,7 +85,3 @@ def matmul(
         device_kind=kernels.device_kind,
         is_partitioned=is_partitioned,
     )
-    chosen = kernels.choose("quantized_matmul", TABLE, problem)
-    weight = weight if chosen.takes_stacks else sliced(weight)
-    output: jax.Array = chosen.fn(x, weight, platform=kernels.platform, out_dtype=out_dtype or x.dtype)
-    return output

@@ -3,6 +3,7 @@
 A stack of layers goes to the call whole, with the layer's number: XLA would copy a slice of it on its way to a call.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -37,10 +38,23 @@ def matmul(
     instruction_set: str | None = None,
 ) -> jax.Array:
     """See the contract; `instruction_set` is the best there is unless it is named."""
+    return matmuls(x, [weight], platform=platform, out_dtype=out_dtype, instruction_set=instruction_set)[0]
+
+
+def matmuls(
+    x: jax.Array,
+    weights: Sequence[Weight | LayerOf],
+    *,
+    platform: Platform,
+    out_dtype: DTypeLike,
+    instruction_set: str | None = None,
+) -> list[jax.Array]:
+    """As `matmul`, with weights of one format: x is prepared once, and threads come together once."""
     del platform
     rows = x.reshape(-1, x.shape[-1])
-    y = _product(rows, weight, np.dtype(out_dtype), instruction_set or native.library().instruction_sets[0])
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+    name = instruction_set or native.library().instruction_sets[0]
+    outputs = _products(rows, weights, np.dtype(out_dtype), name)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 def _misfit(problem: MatmulProblem) -> str | None:
@@ -65,43 +79,52 @@ def _slower(problem: MatmulProblem) -> str | None:
     return None
 
 
-def _product(x: jax.Array, weight: Weight | LayerOf, out_dtype: np.dtype, instruction_set: str) -> jax.Array:
-    """The call, with the gradients of xla in x and in a plain weight."""
-    plain = weight if isinstance(weight, jax.Array) else None
+def _products(
+    x: jax.Array, weights: Sequence[Weight | LayerOf], out_dtype: np.dtype, instruction_set: str
+) -> list[jax.Array]:
+    """The call, with the gradients of xla in x and in plain weights."""
+    plain = [weight if isinstance(weight, jax.Array) else None for weight in weights]
 
-    def whole(plain: jax.Array | None) -> Weight | LayerOf:
-        return weight if plain is None else plain
+    def whole(plain: list[jax.Array | None]) -> list[Weight | LayerOf]:
+        return [weight if one is None else one for weight, one in zip(weights, plain, strict=True)]
 
     @jax.custom_vjp
-    def product(x: jax.Array, plain: jax.Array | None) -> jax.Array:
+    def products(x: jax.Array, plain: list[jax.Array | None]) -> list[jax.Array]:
         return _call(x, whole(plain), out_dtype, instruction_set)
 
-    def forward(x: jax.Array, plain: jax.Array | None) -> tuple[jax.Array, Any]:
-        return product(x, plain), (x, plain)
+    def forward(x: jax.Array, plain: list[jax.Array | None]) -> tuple[list[jax.Array], Any]:
+        return products(x, plain), (x, plain)
 
-    def backward(saved: Any, push: jax.Array) -> Any:
-        def by_xla(x: jax.Array, plain: jax.Array | None) -> jax.Array:
-            return xla.matmul(x, sliced(whole(plain)), platform="cpu", out_dtype=out_dtype)
+    def backward(saved: Any, push: list[jax.Array]) -> Any:
+        def by_xla(x: jax.Array, plain: list[jax.Array | None]) -> list[jax.Array]:
+            return [xla.matmul(x, sliced(weight), platform="cpu", out_dtype=out_dtype) for weight in whole(plain)]
 
         return jax.vjp(by_xla, *saved)[1](push)
 
-    product.defvjp(forward, backward)
-    output: jax.Array = product(x, plain)
-    return output
+    products.defvjp(forward, backward)
+    outputs: list[jax.Array] = products(x, plain)
+    return outputs
 
 
-def _call(x: jax.Array, weight: Weight | LayerOf, out_dtype: np.dtype, instruction_set: str) -> jax.Array:
-    """Arguments in the order of native/matmul.cc: every array of the weight a stack, one without elements if absent."""
-    if isinstance(weight, LayerOf):
-        stack, layer = weight.stack, weight.layer
-    else:
-        stack, layer = jax.tree.map(lambda array: array[None], weight), jnp.int32(0)
+def _call(
+    x: jax.Array, weights: Sequence[Weight | LayerOf], out_dtype: np.dtype, instruction_set: str
+) -> list[jax.Array]:
+    """Arguments in the order of native/matmul.cc: every array of a weight a stack, one without elements if absent."""
     none = jnp.zeros(0, jnp.float32)
-    arrays, rounds_x = [stack, none, none, none], False
-    if isinstance(stack, QuantizedWeight):
-        parts = (stack.values, stack.scales, stack.zeros, stack.offsets)
-        arrays, rounds_x = [none if part is None else part for part in parts], stack.format.activations == "int8"
-    out = jax.ShapeDtypeStruct((x.shape[0], arrays[0].shape[1]), out_dtype)
-    call = jax.ffi.ffi_call("millrace_matmul", out, vmap_method="sequential")
-    output: jax.Array = call(x, layer, *arrays, instruction_set=instruction_set, rounds_x=rounds_x)
-    return output
+    layer, rounds_x = jnp.int32(0), False
+    arrays: list[jax.Array] = []
+    outs: list[jax.ShapeDtypeStruct] = []
+    for weight in weights:
+        if isinstance(weight, LayerOf):
+            stack, layer = weight.stack, weight.layer
+        else:
+            stack = jax.tree.map(lambda array: array[None], weight)
+        if isinstance(stack, QuantizedWeight):
+            parts = (stack.scales, stack.zeros, stack.offsets)
+            arrays += [stack.values, *(none if part is None else part for part in parts)]
+            rounds_x = stack.format.activations == "int8"
+        else:
+            arrays += [stack, none, none, none]
+        outs.append(jax.ShapeDtypeStruct((x.shape[0], stack.shape[1]), out_dtype))
+    call = jax.ffi.ffi_call("millrace_matmul", outs, vmap_method="sequential")
+    return list(call(x, layer, *arrays, instruction_set=instruction_set, rounds_x=rounds_x))

@@ -290,6 +290,28 @@ void test_more_activations_than_the_cache_holds_follow_the_definition(std::mt199
   }
 }
 
+// Two weights that the same activations meet in one call, each as it meets them alone.
+void test_several_weights_are_as_each_alone(std::mt19937_64& random) {
+  Pool pool(3);
+  for (int round = 0; round < 48; ++round) {
+    Sizes sizes = random_sizes(random, kStorages[round % 4], kTypes[round / 4 % 4]);
+    Case first(random, sizes);
+    sizes.out_dim = between(random, 1, 200);
+    Case second(random, sizes);
+    second.problem.x = first.problem.x;
+    for (const Path& path : usable_paths()) {
+      const MatmulKernel kernel = path.kernel_of(first.problem);
+      if (!kernel) continue;
+      const std::vector<uint8_t> alone = first.compute(pool, kernel), other = second.compute(pool, kernel);
+      std::memset(second.problem.out, 0xff, other.size());
+      first.problem.next = &second.problem;
+      CHECK(first.compute(pool, kernel) == alone && std::equal(other.begin(), other.end(), second.problem.out),
+            "%s: together with %ld outputs more, %s", path.name, long(sizes.out_dim), first.words().c_str());
+      first.problem.next = nullptr;
+    }
+  }
+}
+
 // Nor do the other rows: none changes if one does.
 void test_threads_do_not_change_a_bit(std::mt19937_64& random) {
   Pool alone(1), many(5);
@@ -324,5 +346,6 @@ int main(int argc, char** argv) {
   auto random = millrace::test::random_numbers(argc, argv);
   millrace::test::test_random_problems_follow_the_definition(random);
   millrace::test::test_more_activations_than_the_cache_holds_follow_the_definition(random);
+  millrace::test::test_several_weights_are_as_each_alone(random);
   millrace::test::test_threads_do_not_change_a_bit(random);
 }

@@ -20,6 +20,7 @@ from millrace.pallas_kernels.quantized_matmul import (
     WeightFormat,
     cpu,
     matmul,
+    matmuls,
     reference,
 )
 from millrace.pallas_kernels.quantized_matmul.formats import quantize
@@ -180,6 +181,19 @@ def test_a_layer_is_found_in_its_stack(name: str) -> None:
     found, alone = of_each_layer(x, stack)
     np.testing.assert_array_equal(found, alone)
     assert not np.array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("name", ["plain", "int8", "int4:32", "int4_a8:64", "int8 offsets"])
+@needs_library
+def test_several_weights_at_once_are_as_each_alone(name: str) -> None:
+    """In one call for those of one format; a weight of another is met by itself."""
+    x, other = draw(6, 640, dtype="bfloat16"), weight_of(FORMATS_HERE["int8_a16"], 40, 640)
+    weights = [weight_of(FORMATS_HERE[name], out_dim, 640) for out_dim in (70, 16, 130)]
+    run = jax.jit(lambda x, weights: matmuls(x, weights, kernels=CPU))
+    for each in (weights, [*weights, other]):
+        found, alone = run(x, each), [matmul(x, weight, kernels=CPU) for weight in each]
+        jax.tree.map(np.testing.assert_array_equal, found, alone)
+    assert run.lower(x, weights).as_text().count("@millrace_matmul") == 1
 
 
 @pytest.mark.parametrize("name", ["plain", "int8", "int8_a16", "int4:32", "int4_a8:64", "int8 offsets"])
