@@ -1,6 +1,6 @@
 """Gated activations on x86-64 CPUs, in C++: native/gated_activation*.{h,cc}.
 
-XLA computes exponentials of bfloat16 number by number, mostly on one thread: 260 us for 32 x 5632 where this takes 30.
+XLA computes exponentials of bfloat16 number by number, and those of few rows on one thread.
 """
 
 from typing import Any
