@@ -24,7 +24,7 @@ class Implementation[Problem]:
     unsupported: Callable[[Problem], str | None]
     is_tuned: bool = False  # fn also takes `device_kind`, for the sizes that were tuned for it
     takes_stacks: bool = False  # fn finds a layer's weight in its stack by itself
-    several: Callable[..., Any] | None = None  # as fn, for several weights of one format: as many outputs at once
+    several: Callable[..., Any] | None = None  # as an untuned fn, for several weights of one format at once
 
 
 def anywhere(problem: object) -> None:

@@ -1,6 +1,7 @@
 // The FFI target of a gated activation.
 #include "gated_activation.h"
 
+#include <algorithm>
 #include <string_view>
 
 #include "ffi_types.h"

@@ -1,7 +1,7 @@
 // What lies between the matmuls of a gated MLP: activation(gate) * up.
 //
-// Schedule: numbers are independent; items are some thousands of them, so that a step of few rows stays with one thread.
-// Reading the gates and ups of many rows bounds it, the exponential that of few.
+// Schedule: numbers are independent; items are some thousands of them, so that a step of one row stays with one thread.
+// Reading gates and ups bounds it where there are many rows, the exponential where there are few.
 #ifndef MILLRACE_NATIVE_GATED_ACTIVATION_H_
 #define MILLRACE_NATIVE_GATED_ACTIVATION_H_
 
@@ -31,6 +31,7 @@ namespace {
 template <class Simd, Activation kActivation>
 typename Simd::Floats activated(typename Simd::Floats x) {
   constexpr float kScale = kActivation == Activation::kSilu ? -kLog2E : -kLog2E * 1.5957691216057308f;
+  x = Simd::max_or_nan(x, Simd::all(-1e4f));  // whose result is 0 already: exp2 has bounds
   auto exponent = Simd::mul(x, Simd::all(kScale));
   if constexpr (kActivation == Activation::kGeluTanh)
     exponent = Simd::mul(exponent, Simd::fma(Simd::mul(x, x), Simd::all(0.044715f), Simd::all(1)));

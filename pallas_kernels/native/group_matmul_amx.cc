@@ -234,7 +234,7 @@ void item_in_tiles(const Matmul& problem, const GroupRows& x, int64_t item, int6
   for (int tile : {6, 7}) config.set(tile, std::min(kGroup, 64) / 4, kTileBytes);
   config.load();
   const int64_t first = item * kRowsOfItem, next = first + num_threads * kRowsOfItem;
-  const int64_t fetched = next + kRowsOfItem <= problem.out_dim ? next : first;
+  const int64_t fetched = next + kRowsOfItem <= problem.out_dim ? next : first;  // nothing of the next weight
   x.is_symmetric ? group_item<kGroup, true>(problem, x, first, fetched)
                  : group_item<kGroup, false>(problem, x, first, fetched);
   _tile_release();

@@ -1,5 +1,6 @@
 // The FFI target of matmuls of the same activations: what XLA hands over, checked, and the kernel of the set named.
 #include <algorithm>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -45,19 +46,20 @@ const uint8_t* at_layer(const ffi::AnyBuffer& stack, int64_t layer) {
   return bytes_of(stack) + stack.size_bytes() / stack.dimensions()[0] * layer;
 }
 
-constexpr size_t kArraysOfWeight = 4;
+constexpr size_t kArraysOfWeight = 5;
 
-// The arrays of one weight, the last three of them without elements where they are left out.
+// The arrays of one weight; those behind the values may be left out, and have no elements then.
 struct Arrays {
-  ffi::AnyBuffer values;   // [L, N, K], or K / 2 for 4 bits
-  ffi::AnyBuffer scales;   // [L, N, groups]
+  ffi::AnyBuffer values;  // [L, N, K], or K / 2 for 4 bits
+  ffi::AnyBuffer scales;  // [L, N, groups], as what follows
   ffi::AnyBuffer zeros;
   ffi::AnyBuffer offsets;
+  ffi::AnyBuffer layer;  // of the stacks, int32
 };
 
-Weight weight_of(const Arrays& arrays, int64_t layer) {
+Weight weight_of(const Arrays& arrays) {
   const auto shape = arrays.values.dimensions();
-  const int64_t index = std::clamp<int64_t>(layer, 0, shape[0] - 1);
+  const int64_t index = std::clamp<int64_t>(arrays.layer.typed_data<int32_t>()[0], 0, shape[0] - 1);
   Weight weight;
   weight.storage = *storage_of(arrays.values.element_type());
   weight.values = at_layer(arrays.values, index);
@@ -70,52 +72,58 @@ Weight weight_of(const Arrays& arrays, int64_t layer) {
   return weight;
 }
 
-// Whether the arrays of a weight are of types and shapes that weight_of reads, and alike to those of the first.
-bool is_sound(const Arrays& arrays, const Arrays& first) {
-  const auto alike = [](const ffi::AnyBuffer& a, const ffi::AnyBuffer& b) {
-    return a.element_type() == b.element_type() && !a.element_count() == !b.element_count();
-  };
-  return arrays.values.dimensions().size() == 3 && storage_of(arrays.values.element_type()) &&
-         arrays.values.dimensions()[2] == first.values.dimensions()[2] &&
-         (!arrays.scales.element_count() || (type_of(arrays.scales.element_type()) && arrays.scales.dimensions().size() == 3 &&
-                                             arrays.scales.dimensions()[2] == first.scales.dimensions()[2])) &&
-         alike(arrays.values, first.values) && alike(arrays.scales, first.scales) && alike(arrays.zeros, first.zeros) &&
-         alike(arrays.offsets, first.offsets);
+// Whether an array may stand where that of the first weight stands: of its type and groups, or left out as it is.
+bool is_alike(const ffi::AnyBuffer& array, const ffi::AnyBuffer& first) {
+  const auto shape = array.dimensions(), other = first.dimensions();
+  return array.element_type() == first.element_type() && shape.size() == other.size() && shape.back() == other.back();
 }
 
-ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer, ffi::RemainingArgs arrays,
-                  ffi::RemainingRets outs, std::string_view instruction_set, bool rounds_x) {
+// Whether a weight's arrays are of types and shapes that weight_of reads, and may be multiplied with the first one's.
+bool is_sound(const Arrays& arrays, const Arrays& first) {
+  const bool has_scales = arrays.scales.element_count() > 0;
+  if (arrays.values.dimensions().size() != 3 || !storage_of(arrays.values.element_type())) return false;
+  if (arrays.layer.element_type() != ffi::S32 || arrays.layer.element_count() != 1) return false;
+  if (has_scales && (arrays.scales.dimensions().size() != 3 || !type_of(arrays.scales.element_type()))) return false;
+  return is_alike(arrays.values, first.values) && is_alike(arrays.scales, first.scales) &&
+         is_alike(arrays.zeros, first.zeros) && is_alike(arrays.offsets, first.offsets);
+}
+
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arrays, ffi::RemainingRets outs,
+                  std::string_view instruction_set, bool rounds_x) {
   const InstructionSet set = usable_instruction_set(instruction_set);
   if (!bit(set)) return ffi::Error::Internal("this CPU cannot run what the program was compiled for");
   const auto x_type = type_of(x.element_type());
   if (!x_type || x.dimensions().size() != 2 || outs.size() == 0 || arrays.size() != kArraysOfWeight * outs.size())
-    return ffi::Error::InvalidArgument("expected x [M, K] of a known type, and four arrays for each weight");
+    return ffi::Error::InvalidArgument("expected x [M, K] of a known type, and five arrays for each weight");
   std::vector<Arrays> weights;
   std::vector<Matmul> problems(outs.size());
+  Matmul *first = nullptr, *last = nullptr;
   for (size_t number = 0; number < outs.size(); ++number) {
     const auto array = [&](size_t i) { return *arrays.get<ffi::AnyBuffer>(kArraysOfWeight * number + i); };
     const auto out = *outs.get<ffi::AnyBuffer>(number);
-    weights.push_back({array(0), array(1), array(2), array(3)});
+    weights.push_back({array(0), array(1), array(2), array(3), array(4)});
     const auto out_type = type_of(out->element_type());
     if (!out_type || !is_sound(weights.back(), weights.front()))
       return ffi::Error::InvalidArgument("expected stacks of weights [L, N, K] of known types, all of them alike");
+    if (x.element_count() == 0 || weights.back().values.element_count() == 0) continue;  // nothing to compute, or to read
     Matmul& problem = problems[number];
     problem.num_rows = x.dimensions()[0];
     problem.in_dim = x.dimensions()[1];
     problem.out_dim = weights.back().values.dimensions()[1];
     problem.x_type = *x_type;
     problem.x = bytes_of(x);
-    problem.weight = weight_of(weights.back(), layer.typed_data()[0]);
+    problem.weight = weight_of(weights.back());
     problem.rounds_x = rounds_x;
     problem.out_type = *out_type;
     problem.out = static_cast<uint8_t*>(out->untyped_data());
-    if (number > 0) problems[number - 1].next = &problem;
+    last = last ? last->next = &problem : &problem;
+    if (!first) first = &problem;
   }
-  if (problems[0].num_rows == 0) return ffi::Error::Success();
+  if (!first) return ffi::Error::Success();
   const auto run = [&](int64_t num_items, const std::function<void(int64_t)>& body) {
     parallel_for(pool, num_items, body);
   };
-  kernel_of(problems[0], set)(problems[0], {pool.num_threads(), run});
+  kernel_of(*first, set)(*first, {pool.num_threads(), run});
   return ffi::Error::Success();
 }
 
@@ -125,7 +133,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(millrace_matmul, matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::AnyBuffer>()          // x [M, K]
-                                  .Arg<ffi::Buffer<ffi::S32>>()   // the layer, a scalar
                                   .RemainingArgs()                // Arrays of one weight after the other
                                   .RemainingRets()                // y [M, N] for each weight
                                   .Attr<std::string_view>("instruction_set")

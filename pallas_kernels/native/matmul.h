@@ -37,8 +37,8 @@ struct Matmul {
   bool rounds_x;  // to int8, with a scale for each row, or for each row and group where the weight has groups
   Type out_type;  // float32 or x_type
   uint8_t* out;   // [M, N]
-  // Another weight that the same activations meet, or null: of the same storage, scales and groups, to the same out_type.
-  const Matmul* next = nullptr;
+  // Another weight that the same activations meet, or null: of the same storage, groups and types.
+  Matmul* next = nullptr;
 };
 
 // Memory that a thread keeps, so that no step allocates; begins at a multiple of 64 bytes, holds what was left there.

@@ -3,11 +3,11 @@
 // Schedule: a weight's rows are the A side, 16 rows of 64 bytes to a tile; activations are the B side, packed once into
 // tiles of 4-byte words [word of K, row], so the product comes out transposed, y^T [N, M]. An item is some rows of the
 // weight with all rows of activations.
-// Up to 16 rows of activations: two tiles of the weight meet one of activations, in even and odd steps of K apart; up to
-// 64, one of the weight up to four of activations. A plain weight is taken where it lies, once, and bound by reading it. More rows: an item's weights are
-// copied into tiles that lie one after another and stay in the second-level cache, as many as it has room for, because
-// the activations, which it has not, come by once for every item; two by two tiles are multiplied, each serving twice.
-// Bound by the products, and by the caches.
+// Up to 16 rows of activations: two tiles of the weight meet one of activations, even and odd steps of K apart; up to
+// 64, one of the weight up to four of activations. A plain weight is taken where it lies, once, and bound by reading it.
+// More rows: an item's weights are copied into tiles that lie one after another and stay in the second-level cache, as
+// many as it has room for, because the activations, which it has not, come by once for every item; two by two tiles are
+// multiplied, each serving twice. Bound by the products, and by the caches.
 // Weights that are neither int8 beside rounded activations nor bfloat16 are dequantized into such tiles as bfloat16.
 
 #include "amx.h"

@@ -109,22 +109,23 @@ def _products(
 def _call(
     x: jax.Array, weights: Sequence[Weight | LayerOf], out_dtype: np.dtype, instruction_set: str
 ) -> list[jax.Array]:
-    """Arguments in the order of native/matmul.cc: every array of a weight a stack, one without elements if absent."""
+    """Arguments in the order of native/matmul.cc: every array of a weight a stack, one without elements if absent, and
+    the layer."""
     none = jnp.zeros(0, jnp.float32)
-    layer, rounds_x = jnp.int32(0), False
+    rounds_x = False
     arrays: list[jax.Array] = []
     outs: list[jax.ShapeDtypeStruct] = []
     for weight in weights:
         if isinstance(weight, LayerOf):
             stack, layer = weight.stack, weight.layer
         else:
-            stack = jax.tree.map(lambda array: array[None], weight)
+            stack, layer = jax.tree.map(lambda array: array[None], weight), jnp.int32(0)
         if isinstance(stack, QuantizedWeight):
             parts = (stack.scales, stack.zeros, stack.offsets)
-            arrays += [stack.values, *(none if part is None else part for part in parts)]
+            arrays += [stack.values, *(none if part is None else part for part in parts), layer]
             rounds_x = stack.format.activations == "int8"
         else:
-            arrays += [stack, none, none, none]
+            arrays += [stack, none, none, none, layer]
         outs.append(jax.ShapeDtypeStruct((x.shape[0], stack.shape[1]), out_dtype))
     call = jax.ffi.ffi_call("millrace_matmul", outs, vmap_method="sequential")
-    return list(call(x, layer, *arrays, instruction_set=instruction_set, rounds_x=rounds_x))
+    return list(call(x, *arrays, instruction_set=instruction_set, rounds_x=rounds_x))

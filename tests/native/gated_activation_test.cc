@@ -50,9 +50,12 @@ void test_random_gates_follow_the_definition(std::mt19937_64& random) {
     Guarded gate(static_cast<size_t>(count * size), between(random, 0, 1)), up(static_cast<size_t>(count * size), true);
     Guarded out(static_cast<size_t>(count * size), between(random, 0, 1));
     std::normal_distribution<float> normal(0, 5);
-    for (int64_t i = 0; i < count; ++i) set_number(type, gate.get(), i, normal(random)), set_number(type, up.get(), i, normal(random));
-    const GatedActivation problem{between(random, 0, 1) ? Activation::kSilu : Activation::kGeluTanh, type, gate.get(), up.get(),
-                                  out.get()};
+    for (int64_t i = 0; i < count; ++i) {
+      set_number(type, gate.get(), i, normal(random));
+      set_number(type, up.get(), i, normal(random));
+    }
+    const Activation activation = between(random, 0, 1) ? Activation::kSilu : Activation::kGeluTanh;
+    const GatedActivation problem{activation, type, gate.get(), up.get(), out.get()};
     for (const Path& path : kPaths) {
       if (usable_instruction_set(path.name) == static_cast<InstructionSet>(0)) continue;
       std::memset(out.get(), 0xff, static_cast<size_t>(count * size));
@@ -60,12 +63,12 @@ void test_random_gates_follow_the_definition(std::mt19937_64& random) {
         path.kernel(problem, number * item, std::min(item, count - number * item));
       });
       for (int64_t i = 0; i < count; ++i) {
-        const double x = number_at(type, gate.get(), i), y = number_at(type, up.get(), i), found = number_at(type, out.get(), i);
-        const double exact = defined(problem.activation, x) * y;
+        const double x = number_at(type, gate.get(), i), y = number_at(type, up.get(), i);
+        const double exact = defined(activation, x) * y, found = number_at(type, out.get(), i);
         // The sigmoid's error is an absolute one: its exponent's relative error grows with the exponent.
         const double bound = (type == Type::kFloat32 ? 3e-6 : 1.0 / 256) * std::abs(exact) + 1e-7 * std::abs(x * y);
-        CHECK(std::abs(found - exact) <= bound, "%s: number %ld of %ld: %g instead of %g", path.name, long(i), long(count), found,
-              exact);
+        CHECK(std::abs(found - exact) <= bound, "%s: number %ld of %ld: %g instead of %g", path.name, long(i),
+              long(count), found, exact);
       }
     }
   }

@@ -1,6 +1,7 @@
 """The C++ matmuls on every instruction set that this machine has, against the reference: ragged sizes, any format."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -194,6 +195,35 @@ def test_several_weights_at_once_are_as_each_alone(name: str) -> None:
         found, alone = run(x, each), [matmul(x, weight, kernels=CPU) for weight in each]
         jax.tree.map(np.testing.assert_array_equal, found, alone)
     assert run.lower(x, weights).as_text().count("@millrace_matmul") == 1
+
+
+@needs_library
+def test_several_weights_may_be_of_different_layers_of_their_stacks() -> None:
+    x, stacks = (
+        draw(3, 192, dtype="bfloat16"),
+        [weight_of(FORMATS_HERE["int8"], 3, out_dim, 192) for out_dim in (64, 33)],
+    )
+    layers = (jnp.int32(2), jnp.int32(1))
+    of = [LayerOf(stack=stack, layer=layer) for stack, layer in zip(stacks, layers, strict=True)]
+    each = [*of, one_of(stacks[0], 1)]
+    found = jax.jit(lambda x, weights: matmuls(x, weights, kernels=CPU))(x, each)
+    jax.tree.map(np.testing.assert_array_equal, found, [matmul(x, weight, kernels=CPU) for weight in each])
+
+
+@needs_library
+def test_several_weights_have_the_gradients_and_vmaps_of_each() -> None:
+    xs, weights = draw(2, 3, 64, dtype="bfloat16"), [weight_of(None, out_dim, 64) for out_dim in (16, 40)]
+
+    def together(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+        return sum(y.astype(jnp.float32).sum() for y in matmuls(x, weights, kernels=CPU))
+
+    def alone(x: jax.Array, weights: list[jax.Array]) -> jax.Array:
+        return sum(matmul(x, weight, kernels=CPU).astype(jnp.float32).sum() for weight in weights)
+
+    close = functools.partial(np.testing.assert_allclose, rtol=2**-6, atol=2**-6)
+    jax.tree.map(close, *(jax.grad(run, (0, 1))(xs[0], weights) for run in (together, alone)))
+    found = jax.vmap(lambda x: matmuls(x, weights, kernels=CPU))(xs)
+    jax.tree.map(np.testing.assert_array_equal, found, [matmul(xs, weight, kernels=CPU) for weight in weights])
 
 
 @pytest.mark.parametrize("name", ["plain", "int8", "int8_a16", "int4:32", "int4_a8:64", "int8 offsets"])
