@@ -81,7 +81,8 @@ bool is_alike(const ffi::AnyBuffer& array, const ffi::AnyBuffer& first) {
 // Whether a weight's arrays are of types and shapes that weight_of reads, and may be multiplied with the first one's.
 bool is_sound(const Arrays& arrays, const Arrays& first) {
   const bool has_scales = arrays.scales.element_count() > 0;
-  if (arrays.values.dimensions().size() != 3 || !storage_of(arrays.values.element_type())) return false;
+  const auto shape = arrays.values.dimensions();
+  if (shape.size() != 3 || shape[0] == 0 || !storage_of(arrays.values.element_type())) return false;
   if (arrays.layer.element_type() != ffi::S32 || arrays.layer.element_count() != 1) return false;
   if (has_scales && (arrays.scales.dimensions().size() != 3 || !type_of(arrays.scales.element_type()))) return false;
   return is_alike(arrays.values, first.values) && is_alike(arrays.scales, first.scales) &&
@@ -95,24 +96,26 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arr
   const auto x_type = type_of(x.element_type());
   if (!x_type || x.dimensions().size() != 2 || outs.size() == 0 || arrays.size() != kArraysOfWeight * outs.size())
     return ffi::Error::InvalidArgument("expected x [M, K] of a known type, and five arrays for each weight");
-  std::vector<Arrays> weights;
+  const auto arrays_of = [&](size_t number) {
+    const auto array = [&](size_t i) { return *arrays.get<ffi::AnyBuffer>(kArraysOfWeight * number + i); };
+    return Arrays{array(0), array(1), array(2), array(3), array(4)};
+  };
   std::vector<Matmul> problems(outs.size());
   Matmul *first = nullptr, *last = nullptr;
   for (size_t number = 0; number < outs.size(); ++number) {
-    const auto array = [&](size_t i) { return *arrays.get<ffi::AnyBuffer>(kArraysOfWeight * number + i); };
+    const Arrays mine = arrays_of(number);
     const auto out = *outs.get<ffi::AnyBuffer>(number);
-    weights.push_back({array(0), array(1), array(2), array(3), array(4)});
     const auto out_type = type_of(out->element_type());
-    if (!out_type || !is_sound(weights.back(), weights.front()))
+    if (!out_type || !is_sound(mine, arrays_of(0)))
       return ffi::Error::InvalidArgument("expected stacks of weights [L, N, K] of known types, all of them alike");
-    if (x.element_count() == 0 || weights.back().values.element_count() == 0) continue;  // nothing to compute, or to read
+    if (out->element_count() == 0) continue;
     Matmul& problem = problems[number];
     problem.num_rows = x.dimensions()[0];
     problem.in_dim = x.dimensions()[1];
-    problem.out_dim = weights.back().values.dimensions()[1];
+    problem.out_dim = mine.values.dimensions()[1];
     problem.x_type = *x_type;
     problem.x = bytes_of(x);
-    problem.weight = weight_of(weights.back());
+    problem.weight = weight_of(mine);
     problem.rounds_x = rounds_x;
     problem.out_type = *out_type;
     problem.out = static_cast<uint8_t*>(out->untyped_data());

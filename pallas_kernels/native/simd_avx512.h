@@ -63,7 +63,8 @@ struct Avx512 {
   static Floats max_or_nan(Floats a, Floats b) {
     return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
   }
-  static Floats bounded(Floats x) { return x; }  // times_power needs no bounds
+  // times_power needs no bounds: by an infinite power even NaN, as exp2 has it there, becomes 0 or infinity.
+  static Floats bounded(Floats x) { return x; }
   static Floats round(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Floats times_power(Floats x, Floats whole) { return _mm512_scalef_ps(x, whole); }
   static float sum(Floats x) { return _mm512_reduce_add_ps(x); }

@@ -11,6 +11,7 @@
 #include "guarded.h"
 #include "instruction_sets.h"
 #include "matmul.h"
+#include "numbers.h"
 #include "parallel.h"
 
 namespace millrace::test {
@@ -43,31 +44,6 @@ std::vector<Path> usable_paths() {
     if (usable_instruction_set(path.name) != static_cast<InstructionSet>(0)) paths.push_back(path);
   }
   return paths;
-}
-
-int64_t size_of(Type type) { return type == Type::kFloat32 ? 4 : 2; }
-
-// A number of any type; of float16 normal ones, zeros and NaN.
-float number_at(Type type, const uint8_t* bytes, int64_t index) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, bytes + index * size_of(type), static_cast<size_t>(size_of(type)));
-  if (type == Type::kFloat32) return from_bits(bits);
-  if (type == Type::kBfloat16) return from_bits(bits << 16);
-  const uint32_t sign = bits >> 15 << 31, exponent = bits >> 10 & 31, fraction = (bits & 1023) << 13;
-  if (exponent == 0) return std::copysign(std::ldexp(static_cast<float>(fraction), -23 - 14), from_bits(sign));
-  return from_bits(sign | (exponent == 31 ? 255u : exponent + 112) << 23 | fraction);
-}
-
-// A random number of about `scale`, a power of two.
-void set_random(std::mt19937_64& random, Type type, uint8_t* bytes, int64_t index, int scale_exponent, bool is_positive) {
-  const uint64_t word = random();
-  float x = (1 + static_cast<float>(word & 0xffffff) / 0x1000000) * std::ldexp(1.0f, scale_exponent - int(word >> 24 & 3));
-  if (!is_positive && (word >> 32 & 1)) x = -x;
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if (type == Type::kBfloat16) bits >>= 16;
-  if (type == Type::kFloat16) bits = bits >> 31 << 15 | ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 1023);
-  std::memcpy(bytes + index * size_of(type), &bits, static_cast<size_t>(size_of(type)));
 }
 
 void set_nan(Type type, uint8_t* bytes, int64_t index) {

@@ -2,13 +2,17 @@
 
 import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from millrace.errors import CheckpointError, ConfigError
+from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec
 from millrace.models.families import config_from_hf
 from millrace.models.quantization import named_format
+from millrace.pallas_kernels import native
+from millrace.pallas_kernels.quantized_matmul import matmuls
 from millrace.runtime import calibration
 from millrace.runtime.calibration import CalibrationText, read_text
 from millrace.runtime.checkpoint import open_checkpoint
@@ -16,6 +20,9 @@ from millrace.runtime.convert import convert, write_store
 from millrace.runtime.store import open_store
 
 GROUP = 32
+LAYER = LayerSpec(
+    attention=AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=1.0, rope=None), mlp=MlpSpec(mlp_dim=128)
+)
 
 
 class Words:
@@ -54,6 +61,15 @@ def conversion(request, fixture_checkpoints, tmp_path_factory):
     calibrated(checkpoint, folder / "store")
     logging.getLogger(calibration.__name__).removeHandler(handler)
     return checkpoint, folder / "store", [record.getMessage() for record in records]
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="needs the native kernels")
+def test_of_weights_that_meet_the_same_activations_each_is_observed():
+    observer, seen = calibration._Observer(jax.devices("cpu")[0]), []
+    observer.begin(LAYER)
+    observer._observed = lambda name, fn: lambda *x, **options: seen.append(name) or fn(*x, **options)
+    matmuls(jnp.ones((2, 64), jnp.bfloat16), [jnp.ones((16, 64), jnp.bfloat16)] * 3, kernels=observer)
+    assert seen == ["attention/q", "attention/k", "attention/v"]
 
 
 def test_only_the_values_of_projections_differ_from_a_plain_conversion(conversion, tmp_path):
