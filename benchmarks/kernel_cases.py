@@ -89,7 +89,7 @@ def cases() -> tuple[Case, ...]:
     return tuple(sorted(found, key=lambda case: not _TARGETED.fullmatch(case.name)))
 
 
-_TARGETED = re.compile(r"decode \w+ (256 x 2k|4 x 64k)|prefill bfloat16 \d+k|(fp8|int4|bf16) 70b_gate M=\d+")
+_TARGETED = re.compile(r"decode \w+ (256 x 2k|4 x 64k)|prefill bfloat16 \d+k|(fp8|int4|bf16) 70b_gate M=\d+|fp8 70b_down M=\d+")
 
 
 # Linear layers [out, in] of Llama-2-70B and Llama-3.1-8B.
@@ -110,7 +110,7 @@ _FORMATS: Mapping[str, WeightFormat | None] = {
 # Rows for each format and weight: decode steps of few and of many slots, steps that hold prompts.
 _ROWS: Mapping[tuple[str, str], tuple[int, ...]] = {
     ("fp8", "70b_gate"): (1, 16, 64, 256, 1024, 4096),
-    ("fp8", "70b_down"): (64, 4096),
+    ("fp8", "70b_down"): (64, 256, 1024, 4096),
     ("fp8", "70b_k"): (64, 4096),
     ("fp8", "8b_gate"): (64, 1536),
     ("fp8", "8b_down"): (64,),
@@ -155,7 +155,8 @@ def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
     out_dtype = jnp.float32 if weight_name in _FLOAT32_OUT else jnp.bfloat16
 
     def arguments(key: jax.Array) -> tuple[Any, ...]:
-        return _normal(key, (num_rows, in_dim)), _weight(key, (out_dim, in_dim), format)
+        of_x, of_weight = jax.random.split(key)  # rows like channels would add up as no sum of a model does
+        return _normal(of_x, (num_rows, in_dim)), _weight(of_weight, (out_dim, in_dim), format)
 
     def call(kernels: KernelChoices, x: jax.Array, weight: Any) -> jax.Array:
         return matmul(x, weight, kernels=kernels, out_dtype=out_dtype)
@@ -199,9 +200,10 @@ def grouped_case(format_name: str, model: str, num_tokens: int) -> Case:
     out_dtype = jnp.float32 if model.endswith("float32") else jnp.bfloat16
 
     def arguments(key: jax.Array) -> tuple[Any, ...]:
-        picks = jax.random.randint(key, (num_rows,), 0, num_experts)
+        of_x, of_weight, of_picks = jax.random.split(key, 3)
+        picks = jax.random.randint(of_picks, (num_rows,), 0, num_experts)
         sizes = jnp.bincount(picks, length=num_experts).astype(jnp.int32)
-        return _normal(key, (num_rows, in_dim)), _weight(key, (num_experts, out_dim, in_dim), format), sizes
+        return _normal(of_x, (num_rows, in_dim)), _weight(of_weight, (num_experts, out_dim, in_dim), format), sizes
 
     def call(kernels: KernelChoices, x: jax.Array, weight: Any, sizes: jax.Array) -> jax.Array:
         return grouped_matmul(x, weight, sizes, kernels=kernels, out_dtype=out_dtype)
@@ -253,7 +255,8 @@ def attention_case(
 
     def arguments(key: jax.Array) -> tuple[Any, ...]:
         num_pages = len(slots) * pages_per_slot
-        cache = _cache(key, (1, num_pages, 2, num_kv_heads, page_size, head_dim), cache_dtype)
+        key, of_cache = jax.random.split(key)
+        cache = _cache(of_cache, (1, num_pages, 2, num_kv_heads, page_size, head_dim), cache_dtype)
         tables = jax.random.permutation(key, num_pages).reshape(len(slots), -1).astype(jnp.int32)
         starts = np.cumsum([0, *(queries for queries, _ in slots)])
         batch = PagedBatch(tables, jnp.asarray(starts, jnp.int32), jnp.array([keys for _, keys in slots], jnp.int32))

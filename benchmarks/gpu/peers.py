@@ -100,7 +100,7 @@ def jax_rows() -> Iterator[dict[str, Any]]:
     from timing import time_call
 
     def seconds(call: Callable[..., Any], *arguments: Any) -> float:
-        return time_call(call, arguments)[0]
+        return time_call(call, arguments).seconds
 
     key = jax.random.key(0)
     for case, (batch, queries, keys) in ATTENTION.items():
