@@ -34,7 +34,7 @@ from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.sharding.targets import TARGETS, parse_target
 
 CHIPS = ("h200", "gb300", "b200")
-PLAIN = ("xla", "reference")  # implementations without a kernel of their own
+PLAIN = ("xla", "reference", "apart")  # implementations without a kernel of their own
 _CASE_LIMIT_S = 300
 
 

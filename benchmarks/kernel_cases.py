@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from millrace.pallas_kernels import gated_matmul as gated
 from millrace.pallas_kernels import grouped_matmul as grouped
 from millrace.pallas_kernels import paged_attention as paged
 from millrace.pallas_kernels import quantized_matmul as quantized
 from millrace.pallas_kernels.dispatch import Implementation, KernelChoices, Operation
+from millrace.pallas_kernels.gated_matmul import gated_matmul
 from millrace.pallas_kernels.grouped_matmul import grouped_matmul
 from millrace.pallas_kernels.paged_attention import PagedAttentionSpec, PagedBatch, paged_attention
 from millrace.pallas_kernels.paged_attention.contract import KvCache
@@ -28,6 +30,7 @@ TABLES: Mapping[str, Sequence[Implementation[Any]]] = {
     "paged_attention": paged.TABLE,
     "quantized_matmul": quantized.TABLE,
     "grouped_matmul": grouped.TABLE,
+    "gated_matmul": gated.TABLE,
 }
 _ARITHMETIC = {"own": "bfloat16", "float8_e4m3fn": "float8", "int8": "int8"}
 
@@ -67,29 +70,33 @@ def num_bytes(tree: Any) -> int:
 
 
 class _Probe(KernelChoices):
-    """Choices that remember which problem was asked for."""
+    """Choices that remember which problem the operation that they name was asked for."""
 
     problem: Any = None
 
     def choose(self, operation: Any, table: Sequence[Implementation[Any]], problem: Any) -> Implementation[Any]:
-        self.problem = problem
+        if operation in self._named:
+            self.problem = problem
         return super().choose(operation, table, problem)
 
 
 def implementations(case: Case, device_kind: str) -> dict[str, str | None]:
     """Those of a GPU's table in its order, each with why it does not serve the case, None if it does."""
-    probe = _Probe("gpu", {case.operation: "reference"}, device_kind=device_kind)
+    table = TABLES[case.operation]
+    probe = _Probe("gpu", {case.operation: table[-1].name}, device_kind=device_kind)
     jax.eval_shape(functools.partial(case.call, probe), *case.shapes())
-    return {entry.name: entry.unsupported(probe.problem) for entry in TABLES[case.operation]}
+    return {entry.name: entry.unsupported(probe.problem) for entry in table}
 
 
 def cases() -> tuple[Case, ...]:
     """All cases, those first for which there is a target (gpu/summary.py)."""
-    found = [*_attention_cases(), *_matmul_cases(), *_grouped_cases()]
+    found = [*_attention_cases(), *_matmul_cases(), *_gated_cases(), *_grouped_cases()]
     return tuple(sorted(found, key=lambda case: not _TARGETED.fullmatch(case.name)))
 
 
-_TARGETED = re.compile(r"decode \w+ (256 x 2k|4 x 64k)|prefill bfloat16 \d+k|(fp8|int4|bf16) 70b_gate M=\d+|fp8 70b_down M=\d+")
+_TARGETED = re.compile(
+    r"decode \w+ (256 x 2k|4 x 64k)|prefill bfloat16 \d+k|(fp8|int4|bf16) 70b_gate M=\d+|fp8 70b_down M=\d+|gated .*"
+)
 
 
 # Linear layers [out, in] of Llama-2-70B and Llama-3.1-8B.
@@ -164,6 +171,34 @@ def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
     return Case(
         operation="quantized_matmul",
         name=f"{format_name} {weight_name} M={num_rows}",
+        arguments=arguments,
+        call=call,
+        flops=2.0 * num_rows * out_dim * in_dim,
+        arithmetic=_ARITHMETIC[format.activations if format else "own"],
+        tolerance=_tolerance(format),
+    )
+
+
+def _gated_cases() -> Iterator[Case]:
+    for weight_name, num_rows in (("70b_down", 64), ("70b_down", 1536), ("8b_down", 64), ("8b_down", 1536)):
+        yield gated_case("fp8", weight_name, num_rows)
+
+
+def gated_case(format_name: str, weight_name: str, num_rows: int) -> Case:
+    """The down projection of a gated MLP."""
+    format, (out_dim, in_dim) = _FORMATS[format_name], WEIGHTS[weight_name]
+
+    def arguments(key: jax.Array) -> tuple[Any, ...]:
+        of_gate, of_up, of_weight = jax.random.split(key, 3)
+        gate, up = (_normal(each, (num_rows, in_dim)) for each in (of_gate, of_up))
+        return gate, up, _weight(of_weight, (out_dim, in_dim), format)
+
+    def call(kernels: KernelChoices, gate: jax.Array, up: jax.Array, weight: Any) -> jax.Array:
+        return gated_matmul(gate, up, weight, activation="silu", kernels=kernels)
+
+    return Case(
+        operation="gated_matmul",
+        name=f"gated {format_name} {weight_name} M={num_rows}",
         arguments=arguments,
         call=call,
         flops=2.0 * num_rows * out_dim * in_dim,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ..pallas_kernels.gated_activation import Activation, gated_activation
+from ..pallas_kernels.gated_matmul import gated_matmul
 from ..pallas_kernels.quantized_matmul import LayerOf, QuantizedWeight, WeightFormat, matmuls
 from ..sharding.axes import Axes, LogicalAxis
 from ..sharding.rules import RULES
@@ -98,31 +100,46 @@ class Projection(nnx.Module):
 def project_each(
     projections: Sequence[Projection], x: Float[Array, "*rows in"], step: Step, out_dtype: DTypeLike | None = None
 ) -> Sequence[Float[Array, "*rows out"]]:
-    """x [R, T, in], or [T, in] under a vmap over shards, times each of some weights, whose inputs have the same axis.
-
-    Quantized weights are met shard by shard, for kernels would gather them; where `in` is split, the parts are summed
-    over tensor.
-    """
+    """x [R, T, in], or [T, in] under a vmap over shards, times each of some weights whose inputs have the same axis."""
     are_plain = {projection.format is None for projection in projections}
     if len(are_plain) > 1:
         return [projection.project(x, step, out_dtype) for projection in projections]
-    values = [projection.value for projection in projections]
     if are_plain == {True}:
+        values = [projection.value for projection in projections]
         return matmuls(x, values, kernels=step.kernels, out_dtype=out_dtype, is_partitioned=step.is_partitioned)
+
+    def multiply(inputs: Sequence[Array], weights: Sequence[Any], out_dtype: DTypeLike) -> Sequence[Array]:
+        (x,) = inputs
+        return matmuls(x, weights, kernels=step.kernels, out_dtype=out_dtype)
+
+    return _by_shards(multiply, projections, [x], step, out_dtype)
+
+
+def _by_shards(
+    multiply: Callable[[Sequence[Array], Sequence[Any], DTypeLike], Sequence[Array]],
+    projections: Sequence[Projection],
+    inputs: Sequence[Array],
+    step: Step,
+    out_dtype: DTypeLike | None,
+) -> Sequence[Array]:
+    """multiply(inputs, weights, dtype) of quantized weights, which are met shard by shard, for kernels would gather
+    them; where `in` is split, the parts are summed over tensor."""
     (in_axis,) = {projection.weight.get_metadata("axes")[1] for projection in projections}
-    rows: Axes = ("shard", "tokens") if x.ndim == 3 else (None,) * (x.ndim - 1)
+    rows: Axes = ("shard", "tokens") if inputs[0].ndim == 3 else (None,) * (inputs[0].ndim - 1)
+    dtype = out_dtype or inputs[0].dtype
     is_split = step.placement.num_parts(in_axis) > 1
 
-    def local(x: Array, weights: list[QuantizedWeight | LayerOf]) -> tuple[Array, ...]:
+    def local(inputs: list[Array], weights: list[QuantizedWeight | LayerOf]) -> tuple[Array, ...]:
         if not is_split:
-            return tuple(matmuls(x, weights, kernels=step.kernels, out_dtype=out_dtype))
-        parts = matmuls(x, weights, kernels=step.kernels, out_dtype=jnp.float32)
-        return tuple(jax.lax.psum(part, RULES[in_axis]).astype(out_dtype or x.dtype) for part in parts)
+            return tuple(multiply(inputs, weights, dtype))
+        parts = multiply(inputs, weights, jnp.float32)
+        return tuple(jax.lax.psum(part, RULES[in_axis]).astype(dtype) for part in parts)
 
+    in_axes = [(*rows, in_axis) for _ in inputs]
     weight_axes = [projection.value_axes for projection in projections]
     out_axes = [(*rows, projection.weight.get_metadata("axes")[0]) for projection in projections]
-    run = step.placement.map_shards(local, [(*rows, in_axis), weight_axes], out_axes)
-    ys: tuple[Array, ...] = run(x, values)
+    run = step.placement.map_shards(local, [in_axes, weight_axes], out_axes)
+    ys: tuple[Array, ...] = run(list(inputs), [projection.value for projection in projections])
     return ys
 
 
@@ -138,6 +155,23 @@ class Linear(Projection):
 
     def __call__(self, x: Float[Array, "*rows in"], step: Step) -> Float[Array, "*rows out"]:
         return linear_each([self], x, step)[0]
+
+    def of_gated(
+        self, gate: Float[Array, "R T in"], up: Float[Array, "R T in"], activation: Activation, step: Step
+    ) -> Float[Array, "R T out"]:
+        """What it makes of activation(gate) * up."""
+
+        def multiply(inputs: Sequence[Array], weights: Sequence[Any], out_dtype: DTypeLike) -> Sequence[Array]:
+            (gate, up), (weight,) = inputs, weights
+            return [gated_matmul(gate, up, weight, activation=activation, kernels=step.kernels, out_dtype=out_dtype)]
+
+        if self.format is None:
+            inner = gated_activation(
+                gate, up, activation=activation, kernels=step.kernels, is_partitioned=step.is_partitioned
+            )
+            return self(step.placement.constrain(inner, "shard", "tokens", "mlp"), step)
+        (y,) = _by_shards(multiply, [self], [gate, up], step, None)
+        return y if self.bias is None else y + self.bias[...]
 
 
 def linear_each(layers: Sequence[Linear], x: Float[Array, "*rows in"], step: Step) -> list[Float[Array, "*rows out"]]:

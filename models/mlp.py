@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..pallas_kernels.gated_activation import gated_activation
 from .config import MlpSpec
 from .linear import Linear, linear_each
 from .step import Step
@@ -25,7 +24,4 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "R T D"], step: Step) -> Float[Array, "R T D"]:
         gate, up = linear_each([self.gate, self.up], x, step)
-        inner = gated_activation(
-            gate, up, activation=self.spec.activation, kernels=step.kernels, is_partitioned=step.is_partitioned
-        )
-        return self.down(step.placement.constrain(inner, "shard", "tokens", "mlp"), step)
+        return self.down.of_gated(gate, up, self.spec.activation, step)

@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args
 from ..errors import KernelError
 
 Platform = Literal["cpu", "gpu"]
-Operation = Literal["paged_attention", "quantized_matmul", "grouped_matmul", "row_exchange", "gated_activation"]
+Operation = Literal[
+    "paged_attention", "quantized_matmul", "grouped_matmul", "row_exchange", "gated_activation", "gated_matmul"
+]
 
 _logger = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ _GRIDS: Mapping[str, tuple[str, Sequence[Mapping[str, Sequence[int]]]]] = {
     "fp8 70b_down M=64": ("w8a8_64", [
         {"warpgroups": [2], "stages": [4], "cluster": [1, 2]}, {"warpgroups": [1], "stages": [6], "cluster": [1, 2]},
     ]),
-    "fp8 70b_gate M=256": ("w8a8_512", [
+    "fp8 70b_gate M=256": ("w8a8_square", [
         {"n": [128], "stages": [6], "cluster": [1]}, {"n": [256], "stages": [4], "cluster": [1, 2]},
         {"n": [192], "stages": [4], "cluster": [1, 2]}, {"panel": [2, 4]},
     ]),
-    "fp8 70b_down M=256": ("w8a8_512", [
+    "fp8 70b_down M=256": ("w8a8_square", [
         {"n": [128], "stages": [6], "cluster": [1]}, {"n": [256], "stages": [4], "cluster": [1, 2]}, {"panel": [2]},
     ]),
     "fp8 70b_gate M=4096": ("w8a8_wide", [

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
 
 from ..dispatch import Platform
 from ..tuning import generation, tuned
@@ -34,7 +35,7 @@ def unsupported(problem: MatmulProblem) -> str | None:
         return "weights that are not quantized are XLA's"
     if problem.dtype != "bfloat16":
         return f"activations must be bfloat16, not {problem.dtype}"
-    if reason := _unsupported_format(format):
+    if reason := unsupported_format(format):
         return reason
     inputs = _LINE if kind_of(format) == "w8a8" else hopper_a16.inputs_of_panel(format)
     if problem.out_dim % 64 or problem.in_dim % inputs:
@@ -45,7 +46,8 @@ def unsupported(problem: MatmulProblem) -> str | None:
     return None
 
 
-def _unsupported_format(format: WeightFormat) -> str | None:
+def unsupported_format(format: WeightFormat) -> str | None:
+    """Why no kernel here multiplies weights of a format."""
     if format.block_rows != 1:
         return f"{format.name} has scales for blocks of channels"
     if format.offsets:
@@ -72,8 +74,9 @@ def tile_for(format: WeightFormat, num_rows: int, out_dim: int, in_dim: int, dev
     kind = kind_of(format)
     narrow = next((rows for rows in NARROW if num_rows <= rows), None)
     if kind == "w8a8" and narrow is None:
-        sizes = tuned("quantized_matmul", device_kind, "w8a8_512" if num_rows <= 512 else "w8a8_wide")
-        tile = Tile(**sizes)
+        wide, square = (Tile(**tuned("quantized_matmul", device_kind, key)) for key in ("w8a8_wide", "w8a8_square"))
+        fills = -(-num_rows // wide.block_m) * (out_dim // wide.n) >= wide.blocks
+        tile = wide if fills else square
         tile = dataclasses.replace(tile, n=math.gcd(tile.n, out_dim))
         return tile.fitted(_padded(num_rows, tile.block_m), out_dim, k_parts=1)
     tile = Tile(**tuned("quantized_matmul", device_kind, f"{kind}_{narrow or NARROW[-1]}"))
@@ -100,15 +103,28 @@ def matmul(
     out_dim, in_dim = weight.shape
     rows = x.reshape(-1, in_dim)
     tile = tile or tile_for(weight.format, rows.shape[0], out_dim, in_dim, device_kind)
-    compute = _w8a8 if kind_of(weight.format) == "w8a8" else _a16
-    return compute(rows, weight, tile, out_dtype, interpret).reshape(*x.shape[:-1], out_dim)
+    if weight.format.activations == "own":
+        product = _a16(rows, weight, tile, out_dtype, interpret)
+    else:
+        product = _w8a8(*quantize_rows(rows, weight.format.activations), weight, tile, out_dtype, interpret)
+    return product.reshape(*x.shape[:-1], out_dim)
 
 
-def _w8a8(x: jax.Array, weight: QuantizedWeight, tile: Tile, out_dtype: DTypeLike, interpret: Any) -> jax.Array:
+def matmul_of_rows(
+    values: Shaped[Array, "M in"], row_scales: Float[Array, "M 1"], weight: QuantizedWeight, *,
+    out_dtype: DTypeLike, device_kind: str,
+) -> jax.Array:  # fmt: skip
+    """[M, out] of activations that are quantized already, as the weight's format says (`formats.quantize_rows`)."""
+    out_dim, in_dim = weight.shape
+    tile = tile_for(weight.format, values.shape[0], out_dim, in_dim, device_kind)
+    return _w8a8(values, row_scales, weight, tile, out_dtype, None)
+
+
+def _w8a8(
+    values: jax.Array, row_scales: jax.Array, weight: QuantizedWeight, tile: Tile, out_dtype: DTypeLike, interpret: Any
+) -> jax.Array:
     """Few rows are N; the output is then transposed and may come in parts."""
-    assert weight.format.activations != "own", "w8a8 quantizes activations"
-    num_rows, is_narrow = x.shape[0], x.shape[0] <= NARROW[-1]
-    values, row_scales = quantize_rows(x, weight.format.activations)
+    num_rows, is_narrow = values.shape[0], values.shape[0] <= NARROW[-1]
     size = tile.n if is_narrow else tile.block_m * tile.cluster
     values, by_row = _pad(values, size), _pad(row_scales, size)[:, 0]
     by_channel = weight.scales[:, 0].astype(jnp.float32)

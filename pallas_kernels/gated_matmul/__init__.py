@@ -1,0 +1,58 @@
+"""activation(gate) * up, times a weight [out, in]: what ends a gated MLP."""
+
+import jax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from ...errors import KernelError
+from ..dispatch import Implementation, KernelChoices, anywhere
+from ..gated_activation import Activation
+from ..made_for import made_for
+from ..quantized_matmul import LayerOf, QuantizedWeight, Weight
+from . import apart
+from .contract import GatedMatmulProblem
+
+__all__ = ["TABLE", "GatedMatmulProblem", "gated_matmul"]
+
+TABLE: tuple[Implementation[GatedMatmulProblem], ...] = (
+    made_for("hopper", __name__, "gated_matmul"),
+    Implementation("apart", apart.gated_matmul, anywhere),
+)
+
+
+def gated_matmul(
+    gate: Float[Array, "*rows in"],
+    up: Float[Array, "*rows in"],
+    weight: Weight | LayerOf,
+    *,
+    activation: Activation,
+    kernels: KernelChoices,
+    out_dtype: DTypeLike | None = None,
+    is_partitioned: bool = False,
+) -> Float[Array, "*rows out"]:
+    """The transposed weight times activation(gate) * up, accumulated in float32, as out_dtype (gate's own if None).
+
+    `is_partitioned` says that its operands lie on several devices, and XLA is to split it. Raises KernelError if the
+    shapes or dtypes disagree or the implementation named cannot serve.
+    """
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.shape[-1] != weight.shape[1]:
+        raise KernelError(
+            f"a weight [out, in] = {weight.shape} wants gate and up of its width and of one shape and dtype, got "
+            f"{gate.dtype} {gate.shape} and {up.dtype} {up.shape}"
+        )
+    whole = weight.stack if isinstance(weight, LayerOf) else weight
+    problem = GatedMatmulProblem(
+        platform=kernels.platform,
+        device_kind=kernels.device_kind,
+        activation=activation,
+        format=whole.format if isinstance(whole, QuantizedWeight) else None,
+        dtype=gate.dtype.name,
+        in_dim=gate.shape[-1],
+        is_partitioned=is_partitioned,
+    )
+    chosen = kernels.choose("gated_matmul", TABLE, problem)
+    output: jax.Array = chosen.fn(
+        gate, up, weight, activation=activation, kernels=kernels, out_dtype=out_dtype or gate.dtype,
+        is_partitioned=is_partitioned,
+    )  # fmt: skip
+    return output
