@@ -30,7 +30,7 @@ from .programs import Programs, compile_programs
 from .quantizing import load_quantized
 from .request import RequestLimits
 from .scheduler import Scheduler
-from .sizes import check_host_memory, device_memory
+from .sizes import check_host_memory, claim_memory, device_memory
 from .store import Store
 from .store_cache import cached_store
 from .weight_choice import choose_weights
@@ -57,6 +57,7 @@ def assemble(config: RuntimeConfig) -> Engine:
       ConfigError, CheckpointError, KernelError, OutOfMemoryError: what is wrong and what mends it.
     """
     config = with_options_of(config)
+    claim_memory()
     group = start(config)
     try:
         return _assemble(config, group)

@@ -77,9 +77,9 @@ def plan_deployment(
       ConfigError, KernelError, OutOfMemoryError: what does not fit, and what mends it.
     """
     target = machine.target
-    deployment = deploy(config, model, planned_mesh(machine, dict(config.mesh or ())), target.memory_bytes)
+    deployment = deploy(config, model, planned_mesh(machine, dict(config.mesh or ())), target.pool_bytes)
     temporaries = compiled_temporaries(deployment, model, machine) if compiles else None
-    memory = plan_memory(deployment, target.memory_bytes, temporaries)
+    memory = plan_memory(deployment, target.pool_bytes, temporaries)
     config, placement = deployment.config, deployment.model.placement
     assert config.num_slots and config.max_step_tokens and config.max_context_len
     cached_tokens = deployment.model.cache.values.shape[2] * config.page_size
@@ -205,7 +205,7 @@ def _plan_mesh(
     config = resolve(config, model, dtype)
     decoder = AbstractDecoder(with_places(model, mesh), dtype)
     weights = device_weight_bytes(decoder, placement)
-    room = usable_bytes(placement, target.memory_bytes) - weights
+    room = usable_bytes(placement, target.pool_bytes) - weights
     num_slots = num_fitting(config, model, placement, room, workload.mean_context_len)
     if num_slots == 0:
         return None

@@ -71,8 +71,8 @@ class MemoryPlan:
     control: int  # packed arrays of the steps under way
     outputs: int  # of the steps under way
     temporaries: Temporaries
-    memory_bytes: int  # that the device has
-    usable_bytes: int  # without what is kept for fragments, program code and collectives
+    memory_bytes: int  # of the device's, that arrays may take
+    usable_bytes: int  # without what is kept for fragments
 
     @property
     def total(self) -> int:

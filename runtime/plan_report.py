@@ -34,9 +34,9 @@ def _memory(plan: DeploymentPlan) -> str:
     rows = [(part.replace("_", " "), getattr(memory, part), "") for part in _PARTS]
     rows += [
         ("temporaries", memory.temporaries.num_bytes, label),
-        ("kept free", memory.memory_bytes - memory.usable_bytes, "fragments, program code, collectives"),
+        ("kept free", memory.memory_bytes - memory.usable_bytes, "fragments"),
         ("left" if memory.free >= 0 else "TOO MUCH BY", abs(memory.free), ""),
-        ("the device has", memory.memory_bytes, ""),
+        ("arrays may take", memory.memory_bytes, "of the device's memory"),
     ]
     lines = [f"  {name:<16}{size / _GIB:>10.3f}  {note}".rstrip() for name, size, note in rows]
     remedy = (

@@ -18,6 +18,10 @@ from ..errors import ConfigError
 _TERA, _PETA, _GIGA = 1e12, 1e15, 1e9
 
 
+# Of a GPU's memory, that XLA takes for arrays: the rest is the driver's, programs' and collectives'.
+POOL_SHARE = 0.93
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
     """One kind of device, at its peaks. `description` is a GpuTargetConfigProto in text form, "" for a CPU."""
@@ -31,6 +35,11 @@ class Target:
     link_bandwidth: float  # bytes per second in one direction, of one device into its domain of fast links
     num_linked: int  # devices of such a domain
     description: str
+
+    @property
+    def pool_bytes(self) -> int:
+        """Of its memory, what a runtime on it takes for arrays."""
+        return self.memory_bytes if self.platform == "cpu" else int(POOL_SHARE * self.memory_bytes)
 
     @property
     def compiler_options(self) -> dict[str, bool | int]:

@@ -26,9 +26,9 @@ def test_a_deployment_fits_its_target(name: str) -> None:
     machine = parse_target(config.target)
     mesh = planned_mesh(machine, dict(config.mesh or ()))
     model = open_model_config(config.model, None, config.quantization)
-    deployment = deploy(config, model, mesh, machine.target.memory_bytes)
+    deployment = deploy(config, model, mesh, machine.target.pool_bytes)
     assert math.prod(mesh_sizes(mesh).values()) == machine.num_devices
-    assert plan_memory(deployment, machine.target.memory_bytes).free > 0
+    assert plan_memory(deployment, machine.target.pool_bytes).free > 0
 
 
 @pytest.mark.parametrize("sizes", [{"data": 72}, {"data": 36, "tensor": 2}, {"data": 18, "tensor": 4},
@@ -38,7 +38,7 @@ def test_the_racks_other_meshes_fit_too(sizes: dict[str, int]) -> None:
     machine = parse_target(str(config.target))
     mesh = planned_mesh(machine, sizes)
     model = open_model_config(config.model, None, config.quantization)
-    deployment = deploy(config, model, mesh, machine.target.memory_bytes)
+    deployment = deploy(config, model, mesh, machine.target.pool_bytes)
     assert deployment.scheduler.num_shards == sizes["data"]
 
 

@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     )
     load = make_load(options.requests, model.vocab_size, options.max_context_len, options.num_slots)
     opened_s = time.perf_counter()
-    with random_runtime(config, model) as runtime:
+    with random_runtime(config, model, has_few_programs=options.few_programs) as runtime:
         setup_s = time.perf_counter() - opened_s
         warm = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         runtime.generate(load.prompts[:_WARM_PROMPTS], warm, use_tqdm=False)
@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--max_step_tokens", type=int, default=1536)
     parser.add_argument("--num_layers", type=int)
     parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--few_programs", action="store_true", help="compile full steps only, to begin sooner")
     parser.add_argument("--profile", type=float, default=0, help="seconds of which to say where the time went")
     options = parser.parse_args()
     row = measure(options)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from millrace import RuntimeConfig, SamplingParams
 from millrace.models.config import ModelConfig
 from millrace.models.families import config_from_hf
-from millrace.runtime import assembly
+from millrace.runtime import assembly, deployment
 from millrace.runtime.api import Runtime
+from millrace.runtime.buckets import Bucket, make_buckets
 from millrace.runtime.deployment import Deployment
 from millrace.runtime.model_source import ModelSource
 from millrace.runtime.param_tree import flatten
@@ -69,19 +70,31 @@ def _values(name: str, shape: tuple[int, ...], dtype: Any, key: jax.Array) -> ja
 
 
 @contextlib.contextmanager
-def random_runtime(config: RuntimeConfig, model: ModelConfig) -> Iterator[Runtime]:
-    """A Runtime as users open it, except that its weights are made and not read."""
+def random_runtime(config: RuntimeConfig, model: ModelConfig, *, has_few_programs: bool = False) -> Iterator[Runtime]:
+    """A Runtime as users open it, except that its weights are made and not read.
+
+    With `has_few_programs` it compiles the largest decode step and mixed step only, which serve smaller ones too.
+    """
     source: Any = ModelSource(
         weights=None, config=model, tokenizer=None, eos_ids=(), default_sampling_params=SamplingParams()
     )  # type: ignore[arg-type]
+    buckets = _largest if has_few_programs else make_buckets
     with (
+        mock.patch.object(deployment, "make_buckets", buckets),
         mock.patch.object(assembly, "open_model", lambda *_: source),
         mock.patch.object(assembly, "_with_weights", lambda source, *_: source),
-        mock.patch.object(assembly, "_load", lambda _, deployment, on_part: make_params(deployment)),
+        mock.patch.object(assembly, "_load", lambda _, made, on_part: make_params(made)),
     ):
         runtime = Runtime(config)
     with runtime:
         yield runtime
+
+
+def _largest(num_slots: int, max_step_tokens: int) -> tuple[Bucket, ...]:
+    """Of all buckets, those of full steps."""
+    all_buckets = make_buckets(num_slots, max_step_tokens)
+    kinds = ([b for b in all_buckets if b.is_decode == is_decode] for is_decode in (True, False))
+    return tuple(max(kind, key=lambda b: b.num_tokens) for kind in kinds)
 
 
 def model_config(model: str, **options: Any) -> ModelConfig:

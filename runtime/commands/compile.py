@@ -65,7 +65,7 @@ def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
     if choice.line is not None:
         print(f"millrace: {choice.line}", file=sys.stderr)
     deployment = deploy(
-        choice.config, choice.model, mesh, machine.target.memory_bytes if machine else device_memory(mesh)
+        choice.config, choice.model, mesh, machine.target.pool_bytes if machine else device_memory(mesh)
     )
     return write_artifact(
         folder,

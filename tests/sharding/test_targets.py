@@ -61,3 +61,9 @@ def test_a_cpu_target_takes_the_cpu_devices_that_are_here() -> None:
     assert len(parse_target("cpu:8").compile_devices()) == 8
     with pytest.raises(ConfigError, match=r"cpu:1x1x99 needs 99 CPU devices; 8 are here. Set jax_num_cpu_devices=99"):
         TargetMachine(target=TARGETS["cpu"], topology="1x1x99").compile_devices()
+
+
+def test_a_runtime_leaves_some_of_a_gpus_memory_to_the_driver() -> None:
+    h200, cpu = TARGETS["h200"], TARGETS["cpu"]
+    assert h200.pool_bytes == int(0.93 * h200.memory_bytes)
+    assert cpu.pool_bytes == cpu.memory_bytes
