@@ -84,7 +84,9 @@ def steady_rate(outputs: list[RequestOutput], num_first: int, seconds: float) ->
     begin, end = firsts[:num_first].max(), min(firsts.max(), seconds)
     if end <= begin:
         return 0.0, 0.0
-    shares = np.clip(np.minimum(ends, end) - np.maximum(firsts, begin), 0, None) / np.maximum(ends - firsts, 1e-9)
+    inside = np.clip(np.minimum(ends, end) - np.maximum(firsts, begin), 0, None)
+    at_once = (firsts == ends) & (firsts >= begin) & (ends <= end)  # in one dispatch
+    shares = np.where(firsts == ends, at_once, inside / np.where(firsts == ends, 1, ends - firsts))
     return float((counts * shares).sum() / (end - begin)), float(end - begin)
 
 
@@ -119,6 +121,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for handle in handles:
             handle.cancel()
         outputs = [handle.result() for handle in handles]
+        whole_s = time.perf_counter() - started_s
     total = sum(len(output.outputs[0].token_ids) for output in outputs)
     rate, measured_s = steady_rate(outputs, load.num_first, seconds)
     return {
@@ -127,7 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "kv_cache_dtype": options.kv_cache_dtype,
         "steady_tokens_per_s": rate,
         "steady_s": measured_s,
-        "all_tokens_per_s": total / seconds,
+        "all_tokens_per_s": total / whole_s,
         "finished": num_finished,
         "tokens": total,
         "seconds": seconds,

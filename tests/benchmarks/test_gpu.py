@@ -43,6 +43,11 @@ def test_the_steady_rate_leaves_out_the_first_wave_and_the_end():
     assert offline.steady_rate(outputs, 2, seconds=5) == (pytest.approx(20), 2)
 
 
+def test_tokens_that_come_at_once_count_whole():
+    outputs = [output(0, 4, 40), output(2, 2, 8), output(4, 5, 10)]
+    assert offline.steady_rate(outputs, 1, seconds=5) == (pytest.approx(12), 4)
+
+
 def test_a_first_wave_without_tokens_has_no_rate():
     assert offline.steady_rate([output(None, 1, 0)], 1, seconds=1) == (0, 0)
 
