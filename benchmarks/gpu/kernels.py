@@ -1,6 +1,7 @@
 """Every implementation of every operation on the GPU: compared with the reference, timed, and held to its bound.
 
     python benchmarks/gpu/kernels.py [--operation=paged_attention] [--case=decode] [--seconds=150]
+    python benchmarks/gpu/kernels.py --targets     # cases that have targets, and only what a runtime takes
     python benchmarks/gpu/kernels.py --tune        # tuned sizes beside others (tuning_candidates.py)
     python benchmarks/gpu/kernels.py --tiny        # a try on a CPU, of small problems
 
@@ -29,8 +30,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
-from kernel_cases import TABLES, Case, attention_case, cases
-from kernel_worker import Unit, Worker
+from kernel_cases import TABLES, Case, attention_case, cases, has_target
+from kernel_worker import CHOSEN, Unit, Worker
 from report import show, write
 from tuning_candidates import candidates
 
@@ -145,6 +146,8 @@ def tiny_cases() -> tuple[Case, ...]:
 def find_units(options: argparse.Namespace, known: Sequence[Case]) -> list[Unit]:
     """What the options ask for, in the order of the cases."""
     wanted = [c for c in known if options.operation in (None, c.operation) and options.case in c.name]
+    if options.targets:
+        return [Unit(case.name, CHOSEN) for case in wanted if has_target(case)]
     pairs = [(c.name, e.name) for c in wanted for e in TABLES[c.operation] if e.name != "reference"]
     pairs = [(case, name) for case, name in pairs if options.implementation in (None, name)]
     if not options.tune:
@@ -168,6 +171,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--operation", choices=tuple(TABLES))
     parser.add_argument("--case", default="", help="only cases whose name holds this")
     parser.add_argument("--implementation", help="only this one")
+    parser.add_argument("--targets", action="store_true", help="cases that have targets, and what a runtime takes")
     parser.add_argument("--tune", action="store_true", help="cases that have candidates, with each of them")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--workers", type=int, default=max(1, min(_MOST_WORKERS, (os.cpu_count() or 1) - 2)))

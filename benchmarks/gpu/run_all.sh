@@ -16,10 +16,10 @@ part() {
 }
 
 part 15 -m millrace.runtime.launch doctor
-part 110 benchmarks/gpu/kernels.py --seconds=95
-part 210 benchmarks/gpu/offline.py --model=70b --seconds=60
-part 30 benchmarks/gpu/peers.py --library=torch
-part 100 benchmarks/gpu/offline.py --model=8b --seconds=25
+part 80 benchmarks/gpu/kernels.py --targets --seconds=70
+part 40 benchmarks/gpu/peers.py --library=torch
+part 240 benchmarks/gpu/offline.py --model=70b --few_programs --seconds=40 --profile=1
+part 120 benchmarks/gpu/offline.py --model=8b --few_programs --seconds=25 --profile=1
 part 35 benchmarks/gpu/decode_step.py --model=8b
 part 30 benchmarks/gpu/peers.py --library=jax
 "$python" benchmarks/gpu/summary.py

@@ -1,5 +1,6 @@
 """The targets of the GPU, each beside what results/gpu_*.json last found; the end of run_all.sh."""
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -31,9 +32,10 @@ def lines() -> Iterator[Line]:
     for length in ("4k", "16k"):
         ours, theirs = _chosen(kernels, f"prefill bfloat16 {length}", "us"), _best(peers, f"prefill {length}", "cudnn")
         yield f"prefill {length}: speed over cuDNN", _ratio(theirs, ours), 1.0
-    for rows in (64, 256, 1024, 4096):
-        ours = _chosen(kernels, f"fp8 70b_gate M={rows}", "us")
-        yield f"fp8 M={rows}: speed over cuBLASLt", _ratio(_best(peers, f"70b_gate M={rows}", "fp8"), ours), 0.95
+    for weight, rows in itertools.product(("70b_gate", "70b_down"), (64, 256, 1024, 4096)):
+        case = f"{weight} M={rows}"
+        ours = _chosen(kernels, f"fp8 {case}", "us")
+        yield f"fp8 {case}: speed over cuBLASLt", _ratio(_best(peers, case, "fp8"), ours), 0.95
     yield "fp8 M=4096: TFLOP/s", _chosen(kernels, "fp8 70b_gate M=4096", "tflops"), 1200
     for rows in (1, 16, 64, 256, 4096):
         ours, plain = (_chosen(kernels, f"{name} 70b_gate M={rows}", "us") for name in ("int4", "bf16"))
