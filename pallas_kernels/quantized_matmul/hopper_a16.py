@@ -38,18 +38,17 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Int32
 
+from ..hopper_operands import ROWS, through_memory, words_of
 from ..mosaic import swizzled
 from .contract import QuantizedWeight, Storage, WeightFormat
 from .hopper_decode import (
     COLUMNS,
-    ROWS,
     decoder,
     in_order_of_pairs,
     missing_power,
     offsets_of,
     operand,
     scales_of,
-    words_of,
 )
 from .hopper_tiles import (
     GroupTiles,
@@ -332,7 +331,7 @@ def _sums(
             x_use = (first_use + step) * tile.pieces + part
             slot = rings.x.to_read(x_use) if of_part == 0 else rings.x.slot(x_use)
             columns = smem["x"].at[slot, :, pl.ds(COLUMNS * of_part, COLUMNS)].transpose((1, 0))
-            plgpu.wgmma(sums, _through_memory(values, smem.get("operand")), columns)
+            plgpu.wgmma(sums, through_memory(values, smem.get("operand")), columns)
             if index == 0:
                 plgpu.commit_smem()  # what was read is read before TMA, another proxy, writes
                 rings.weights.release(first_use + step)
@@ -390,12 +389,3 @@ def _of_groups(
 
 def _has_zeros(groups: Groups | None) -> bool:
     return groups is not None and groups.has_zeros
-
-
-def _through_memory(values: jax.Array, smem: Any) -> Any:
-    """The operand as it is, or in interpret mode, which gives a place for it, from there."""
-    if smem is None:
-        return values
-    smem[...] = values
-    plgpu.commit_smem()
-    return smem

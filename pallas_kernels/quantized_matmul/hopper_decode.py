@@ -1,7 +1,7 @@
 """Stored weights as bfloat16 in the registers that wgmma reads, for Hopper.
 
 Values are never moved between threads. A word is 4 neighbouring bytes of a row of weights: 8 values of 4 bits or 4 of
-8. `ldmatrix` hands words to threads as wgmma's 8-bit layout wants them, and that is where its 16-bit layout wants
+8, which lies in threads as wgmma's 8-bit layout wants it (hopper_operands), and that is where its 16-bit layout wants
 pairs. So pair i of 4 words, their values i and i + pairs, is 8 columns of an operand [64 rows, 64 inputs], by a shift,
 a mask and one multiplication and addition; within 4 words columns are inputs in an order of their own, in which
 activations are laid out beforehand (`in_order_of_pairs`). An operand's inputs are neighbours, and so few groups' own.
@@ -11,7 +11,7 @@ counts in units of 2**-133: one shift and 4 masks for 8 values, and for two of t
 2**96 of that power in it, and -8 scales (an exact bfloat16, so that nothing is rounded but the result). What is then
 missing of the power comes into the float32 sums (`missing_power`).
 
-What cannot be said in jnp is inline Mosaic: views of registers (`words_of`, `_pairs_in_order`) and scales spread over
+What cannot be said in jnp is inline Mosaic: views of registers (`_pairs_in_order`) and scales spread over
 columns (`_spread`). Each has a twin in jnp for interpret mode, which runs everything else as it is.
 """
 
@@ -30,17 +30,13 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref, vector
 from jaxtyping import Array, BFloat16, Int32, Shaped
 
+from ..hopper_operands import ROWS, WORD_LAYOUT, WORDS
 from .contract import UINT4_OFFSET, Storage
 
-ROWS = 64  # of an operand
 COLUMNS = 64  # of an operand
-WORDS = 32  # of a row of a stage: the widest swizzle
 _WORDS_OF_TILE = 4  # in 8 columns, one in each quarter of them
 _MOST_POWER = 127  # of two in bfloat16
 _FOLDED_POWER = 96  # into a scale: scales up to 2**31 stay finite, products of those down to 2**-89 normal
-_WORD_LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,22 +148,6 @@ def _slice(numbers: jax.Array, index: int, size: int) -> jax.Array:
     return lax.slice(numbers, (0, index * size), (ROWS, (index + 1) * size))
 
 
-def words_of(stored: Any, is_interpreted: bool) -> Int32[Array, "64 32"]:
-    """A ref [64, 128 bytes] in shared memory as words."""
-    packed = stored[...]
-    if is_interpreted:
-        return lax.bitcast_convert_type(packed.reshape(ROWS, WORDS, 4), jnp.int32)
-    eight_bit = plgpu.Layout.WGMMA_8BIT
-    result = plgpu.ShapeDtypeStruct((ROWS, WORDS), jnp.dtype(jnp.int32), layout=_WORD_LAYOUT)
-
-    @plgpu.inline_mgpu(arg_types=(eight_bit,), return_type=result)  # type: ignore[untyped-decorator]
-    def view(context: Any, array: Any) -> Any:
-        kind = ir.VectorType.get((1,), ir.IntegerType.get_signless(32))
-        return _viewed(array, kind, _WORD_LAYOUT.to_mgpu(), (ROWS, WORDS), is_signed=True)
-
-    return cast(jax.Array, view(plgpu.layout_cast(packed, eight_bit)))
-
-
 def _pairs_in_order(
     pairs: Sequence[Int32[Array, "64 words"]],
     powers: Sequence[int],
@@ -183,7 +163,7 @@ def _pairs_in_order(
     if is_interpreted:
         return _pairs_without_subnormals(pairs, powers, factor, addend)
     given = [each for each in (factor, addend) if each is not None]
-    layouts = [_WORD_LAYOUT] * len(pairs) + [plgpu.Layout.WGMMA] * len(given)
+    layouts = [WORD_LAYOUT] * len(pairs) + [plgpu.Layout.WGMMA] * len(given)
     result = plgpu.ShapeDtypeStruct((ROWS, COLUMNS), jnp.dtype(jnp.bfloat16), layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=tuple(layouts), return_type=result)  # type: ignore[untyped-decorator]
@@ -220,15 +200,6 @@ def _multiplied_and_added(value: Any, factor: Any, addend: Any) -> Any:
 
 def _splat(number: float, kind: Any) -> Any:
     return vector.broadcast(kind, mosaic.c(number, ir.BF16Type.get()))
-
-
-def _viewed(array: Any, kind: Any, layout: Any, shape: tuple[int, int], *, is_signed: bool | None) -> Any:
-    """The same registers, each of another kind, as an array of another layout."""
-    registers = np.empty(layout.registers_shape(shape), object)
-    assert registers.size == array.registers.size, "a view keeps the registers"
-    for i, register in enumerate(array.registers.flat):
-        registers.flat[i] = mosaic.utils.bitcast(register, kind)
-    return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
 
 
 def _pairs_without_subnormals(

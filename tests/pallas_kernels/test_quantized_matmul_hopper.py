@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from millrace.pallas_kernels.dispatch import KernelChoices
+from millrace.pallas_kernels.hopper_operands import words_of
 from millrace.pallas_kernels.quantized_matmul import FORMATS, MatmulProblem, WeightFormat, hopper, matmul
 from millrace.pallas_kernels.quantized_matmul.contract import QuantizedWeight
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, pack_nibbles, quantize, quantize_rows
@@ -19,7 +20,6 @@ from millrace.pallas_kernels.quantized_matmul.hopper_decode import (
     in_order_of_pairs,
     missing_power,
     operand,
-    words_of,
 )
 from millrace.pallas_kernels.quantized_matmul.hopper_tiles import Tile
 
