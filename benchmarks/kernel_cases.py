@@ -22,7 +22,7 @@ from millrace.pallas_kernels.gated_matmul import gated_matmul
 from millrace.pallas_kernels.grouped_matmul import grouped_matmul
 from millrace.pallas_kernels.paged_attention import PagedAttentionSpec, PagedBatch, paged_attention
 from millrace.pallas_kernels.paged_attention.contract import KvCache
-from millrace.pallas_kernels.quantized_matmul import matmul
+from millrace.pallas_kernels.quantized_matmul import matmul, matmuls
 from millrace.pallas_kernels.quantized_matmul.contract import FORMATS, WeightFormat
 from millrace.pallas_kernels.quantized_matmul.formats import quantize
 
@@ -42,7 +42,7 @@ class Case:
     operation: Operation
     name: str
     arguments: Callable[[jax.Array], tuple[Any, ...]]
-    call: Callable[..., jax.Array]
+    call: Callable[..., Any]  # an array, or several
     flops: float
     arithmetic: str  # the peak that bounds it, as in Target.flops
     tolerance: float  # of max|x - reference| over max|reference|
@@ -107,7 +107,7 @@ _TARGETED = re.compile(
 # Linear layers [out, in] of Llama-2-70B and Llama-3.1-8B.
 WEIGHTS = {
     "70b_gate": (28672, 8192), "70b_down": (8192, 28672), "70b_q": (8192, 8192), "70b_k": (1024, 8192),
-    "8b_gate": (14336, 4096), "8b_down": (4096, 14336), "8b_k": (1024, 4096),
+    "8b_gate": (14336, 4096), "8b_down": (4096, 14336), "8b_q": (4096, 4096), "8b_k": (1024, 4096),
     "70b_head": (32000, 8192), "70b_down_of_4": (8192, 7168),
 }  # fmt: skip
 # Those whose outputs are float32: logits, and what devices add up, here the part of one of four.
@@ -155,10 +155,19 @@ _ROWS: Mapping[tuple[str, str], tuple[int, ...]] = {
 }
 
 
+# Layers that meet the same activations.
+TOGETHER = {
+    "70b_qkv": ("70b_q", "70b_k", "70b_k"), "70b_gate_up": ("70b_gate", "70b_gate"), "8b_qkv": ("8b_q", "8b_k", "8b_k"),
+}  # fmt: skip
+
+
 def _matmul_cases() -> Iterator[Case]:
     for (format_name, weight_name), rows in _ROWS.items():
         for num_rows in rows:
             yield matmul_case(format_name, weight_name, num_rows)
+    for name in TOGETHER:
+        for num_rows in (64, 1536):
+            yield matmuls_case("fp8", name, num_rows)
 
 
 def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
@@ -179,6 +188,29 @@ def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
         arguments=arguments,
         call=call,
         flops=2.0 * num_rows * out_dim * in_dim,
+        arithmetic=_ARITHMETIC[format.activations if format else "own"],
+        tolerance=_tolerance(format),
+    )
+
+
+def matmuls_case(format_name: str, name: str, num_rows: int) -> Case:
+    """Linear layers that meet the same rows."""
+    format, shapes = _FORMATS[format_name], [WEIGHTS[each] for each in TOGETHER[name]]
+
+    def arguments(key: jax.Array) -> tuple[Any, ...]:
+        of_x, *of_weights = jax.random.split(key, 1 + len(shapes))
+        weights = [_weight(of_weight, shape, format) for of_weight, shape in zip(of_weights, shapes, strict=True)]
+        return _normal(of_x, (num_rows, shapes[0][1])), weights
+
+    def call(kernels: KernelChoices, x: jax.Array, weights: Any) -> list[jax.Array]:
+        return matmuls(x, weights, kernels=kernels)
+
+    return Case(
+        operation="quantized_matmul",
+        name=f"{format_name} {name} M={num_rows}",
+        arguments=arguments,
+        call=call,
+        flops=sum(2.0 * num_rows * out_dim * in_dim for out_dim, in_dim in shapes),
         arithmetic=_ARITHMETIC[format.activations if format else "own"],
         tolerance=_tolerance(format),
     )

@@ -26,7 +26,7 @@ class Implementation[Problem]:
     unsupported: Callable[[Problem], str | None]
     is_tuned: bool = False  # fn also takes `device_kind`, for the sizes that were tuned for it
     takes_stacks: bool = False  # fn finds a layer's weight in its stack by itself
-    several: Callable[..., Any] | None = None  # as an untuned fn, for several weights of one format at once
+    several: Callable[..., Any] | None = None  # as fn, for several weights of one format at once
 
 
 def anywhere(problem: object) -> None:
@@ -89,7 +89,7 @@ class KernelChoices:
     ) -> Implementation[Problem]:
         """As the function `choose`, with this runtime's names; logs a new choice and why none above it was taken.
 
-        The `fn` of one that is tuned has its `device_kind`.
+        The `fn` and `several` of one that is tuned have their `device_kind`.
         """
         entry = choose(operation, table, problem, self._named.get(operation))
         with self._lock:
@@ -101,4 +101,6 @@ class KernelChoices:
             _logger.info("%s on %s: %s%s", operation, self.platform, entry.name, reasons and f" ({reasons})")
         if not entry.is_tuned:
             return entry
-        return dataclasses.replace(entry, fn=functools.partial(entry.fn, device_kind=self.device_kind))
+        options = {"device_kind": self.device_kind}
+        several = entry.several and functools.partial(entry.several, **options)
+        return dataclasses.replace(entry, fn=functools.partial(entry.fn, **options), several=several)

@@ -4,6 +4,7 @@ Pallas for GPUs takes long to import, and a start on a CPU needs none of it.
 """
 
 import importlib
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from .dispatch import Implementation, Platform
@@ -20,11 +21,15 @@ class ChipProblem(Protocol):
     def device_kind(self) -> str: ...
 
 
-def made_for(chip: Generation, package: str, function: str) -> Implementation[Any]:
-    """`function` of the module named after the chip in an operation's `package`, whose `unsupported` goes with it."""
+def made_for(chip: Generation, package: str, function: str, *, several: str | None = None) -> Implementation[Any]:
+    """`function` of the module named after the chip in an operation's `package`, whose `unsupported` goes with it;
+    `several` names that for several weights, if there is one."""
 
-    def fn(*args: Any, **options: Any) -> Any:
-        return getattr(importlib.import_module(f".{chip}", package), function)(*args, **options)
+    def named(function: str) -> Callable[..., Any]:
+        def fn(*args: Any, **options: Any) -> Any:
+            return getattr(importlib.import_module(f".{chip}", package), function)(*args, **options)
+
+        return fn
 
     def unsupported(problem: ChipProblem) -> str | None:
         if problem.platform != "gpu" or generation(problem.device_kind) != chip:
@@ -32,4 +37,5 @@ def made_for(chip: Generation, package: str, function: str) -> Implementation[An
         reason: str | None = importlib.import_module(f".{chip}", package).unsupported(problem)
         return reason
 
-    return Implementation(chip, fn, unsupported, is_tuned=True)
+    at_once = None if several is None else named(several)
+    return Implementation(chip, named(function), unsupported, is_tuned=True, several=at_once)

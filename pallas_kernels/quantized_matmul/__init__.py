@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 TABLE: tuple[Implementation[MatmulProblem], ...] = (
-    made_for("hopper", __name__, "matmul"),
+    made_for("hopper", __name__, "matmul", several="matmuls"),
     made_for("blackwell", __name__, "matmul"),
     Implementation("block_scaled", block_scaled.matmul, block_scaled.unsupported),
     Implementation("cpu", cpu.matmul, cpu.unsupported, takes_stacks=True, several=cpu.matmuls),

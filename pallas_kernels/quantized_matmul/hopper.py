@@ -5,6 +5,7 @@ Not differentiable: quantized weights are for inference.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -19,11 +20,13 @@ from .contract import MatmulProblem, QuantizedWeight, WeightFormat
 from .formats import quantize_rows
 from .hopper_decode import decoder
 from .hopper_tiles import Tile
+from .hopper_w8a8 import Operand
 
 Kind = Literal["w8a8", "w8a16", "w4a16"]
 
 NARROW = (8, 16, 32, 64, 128)  # rows of activations that are N; more are N's tiles of 128 beside bfloat16, else M
 _LINE = 128  # bytes of a row of 8-bit operands in the least stage
+_TOGETHER = 128  # channels: weights of a multiple share a launch, as one of fewer would narrow the others' tiles
 
 
 def unsupported(problem: MatmulProblem) -> str | None:
@@ -69,18 +72,21 @@ def kind_of(format: WeightFormat) -> Kind:
     return "w4a16" if format.is_packed else "w8a16"
 
 
-def tile_for(format: WeightFormat, num_rows: int, out_dim: int, in_dim: int, device_kind: str) -> Tile:
-    """The tuned tile for so many rows, fitted to the weight."""
-    kind = kind_of(format)
+def tile_for(
+    format: WeightFormat, num_rows: int, out_dim: int, in_dim: int, device_kind: str, *, unit: int | None = None
+) -> Tile:
+    """The tuned tile for so many rows, fitted to the weight; to several, which have `out_dim` channels together, each
+    of them a multiple of `unit`."""
+    kind, unit = kind_of(format), unit or out_dim
     narrow = next((rows for rows in NARROW if num_rows <= rows), None)
     if kind == "w8a8" and narrow is None:
         wide, square = (Tile(**tuned("quantized_matmul", device_kind, key)) for key in ("w8a8_wide", "w8a8_square"))
         fills = -(-num_rows // wide.block_m) * (out_dim // wide.n) >= wide.blocks
         tile = wide if fills else square
-        tile = dataclasses.replace(tile, n=math.gcd(tile.n, out_dim))
+        tile = dataclasses.replace(tile, n=math.gcd(tile.n, unit))
         return tile.fitted(_padded(num_rows, tile.block_m), out_dim, k_parts=1)
     tile = Tile(**tuned("quantized_matmul", device_kind, f"{kind}_{narrow or NARROW[-1]}"))
-    if out_dim % tile.block_m:
+    if unit % tile.block_m:
         tile = dataclasses.replace(tile, warpgroups=1)
     if kind == "w8a8" and in_dim % tile.k:
         tile = dataclasses.replace(tile, k=_LINE, stages=tile.stages * tile.k // _LINE)
@@ -99,15 +105,38 @@ def matmul(
     interpret: Any = None,
 ) -> jax.Array:
     """See the contract; `tile` and `interpret` are for tests and tuning."""
+    return matmuls(
+        x, [weight], platform=platform, out_dtype=out_dtype, device_kind=device_kind, tile=tile, interpret=interpret
+    )[0]
+
+
+def matmuls(
+    x: jax.Array,
+    weights: Sequence[QuantizedWeight],
+    *,
+    platform: Platform,
+    out_dtype: DTypeLike,
+    device_kind: str,
+    tile: Tile | None = None,
+    most: int | None = None,
+    interpret: Any = None,
+) -> list[jax.Array]:
+    """As `matmul`, with weights of one format: 8-bit ones of 8-bit activations, whose rows are quantized once, share a
+    launch where that was tuned (or `most` weights may) and their channels divide into the same tiles."""
     del platform
-    out_dim, in_dim = weight.shape
-    rows = x.reshape(-1, in_dim)
-    tile = tile or tile_for(weight.format, rows.shape[0], out_dim, in_dim, device_kind)
-    if weight.format.activations == "own":
-        product = _a16(rows, weight, tile, out_dtype, interpret)
+    format, rows = weights[0].format, x.reshape(-1, x.shape[-1])
+
+    def fitted(together: Sequence[QuantizedWeight]) -> Tile:
+        return tile or _tile_of(together, rows.shape[0], device_kind)
+
+    if format.activations == "own":
+        products = [_a16(rows, weight, fitted([weight]), out_dtype, interpret) for weight in weights]
     else:
-        product = _w8a8(*quantize_rows(rows, weight.format.activations), weight, tile, out_dtype, interpret)
-    return product.reshape(*x.shape[:-1], out_dim)
+        values, scales = quantize_rows(rows, format.activations)
+        products = []
+        for together in _launches(weights, most or tuned("quantized_matmul", device_kind, "w8a8_launch")["weights"]):
+            products += _w8a8(values, scales, together, fitted(together), out_dtype, interpret)
+    return [product.reshape(*x.shape[:-1], product.shape[-1]) for product in products]
 
 
 def matmul_of_rows(
@@ -115,26 +144,43 @@ def matmul_of_rows(
     out_dtype: DTypeLike, device_kind: str,
 ) -> jax.Array:  # fmt: skip
     """[M, out] of activations that are quantized already, as the weight's format says (`formats.quantize_rows`)."""
-    out_dim, in_dim = weight.shape
-    tile = tile_for(weight.format, values.shape[0], out_dim, in_dim, device_kind)
-    return _w8a8(values, row_scales, weight, tile, out_dtype, None)
+    tile = _tile_of([weight], values.shape[0], device_kind)
+    return _w8a8(values, row_scales, [weight], tile, out_dtype, None)[0]
+
+
+def _tile_of(weights: Sequence[QuantizedWeight], num_rows: int, device_kind: str) -> Tile:
+    """For weights that share a launch."""
+    out_dims = [weight.shape[0] for weight in weights]
+    format, in_dim = weights[0].format, weights[0].shape[1]
+    return tile_for(format, num_rows, sum(out_dims), in_dim, device_kind, unit=math.gcd(*out_dims))
+
+
+def _launches(weights: Sequence[QuantizedWeight], most: int) -> list[Sequence[QuantizedWeight]]:
+    """All together, or each alone where they are more than `most` or one of them would narrow the others' tiles."""
+    if len(weights) > most or any(weight.shape[0] % _TOGETHER for weight in weights):
+        return [[weight] for weight in weights]
+    return [weights]
 
 
 def _w8a8(
-    values: jax.Array, row_scales: jax.Array, weight: QuantizedWeight, tile: Tile, out_dtype: DTypeLike, interpret: Any
-) -> jax.Array:
-    """Few rows are N; the output is then transposed and may come in parts."""
+    values: jax.Array, row_scales: jax.Array, weights: Sequence[QuantizedWeight], tile: Tile, out_dtype: DTypeLike,
+    interpret: Any,
+) -> list[jax.Array]:  # fmt: skip
+    """One launch. Few rows are N; the outputs are then transposed and may come in parts."""
     num_rows, is_narrow = values.shape[0], values.shape[0] <= NARROW[-1]
     size = tile.n if is_narrow else tile.block_m * tile.cluster
-    values, by_row = _pad(values, size), _pad(row_scales, size)[:, 0]
-    by_channel = weight.scales[:, 0].astype(jnp.float32)
+    rows = Operand(_pad(values, size), _pad(row_scales, size)[:, 0])
+    channels = [Operand(weight.values, weight.scales[:, 0].astype(jnp.float32)) for weight in weights]
     options: dict[str, Any] = {"tile": tile, "out_dtype": out_dtype, "interpret": interpret}
     if not is_narrow:
-        return hopper_w8a8.product(values, weight.values, by_row, by_channel, **options)[:num_rows]
-    parts = hopper_w8a8.product_in_parts(weight.values, values, by_channel, by_row, **options)
+        return [product[:num_rows] for product in hopper_w8a8.products(rows, channels, **options)]
+    of_each = hopper_w8a8.products_in_parts(channels, rows, **options)
     if tile.splits == 1:
-        return parts[0, :num_rows]
-    return (_sum(parts)[:num_rows] * row_scales * by_channel).astype(out_dtype)
+        return [parts[0, :num_rows] for parts in of_each]
+    return [
+        (_sum(parts)[:num_rows] * row_scales * by_channel).astype(out_dtype)
+        for parts, (_, by_channel) in zip(of_each, channels, strict=True)
+    ]
 
 
 def _a16(x: jax.Array, weight: QuantizedWeight, tile: Tile, out_dtype: DTypeLike, interpret: Any) -> jax.Array:

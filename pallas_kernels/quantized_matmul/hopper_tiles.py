@@ -235,11 +235,19 @@ class Parts:
 
     def store(self, sums: jax.Array, staged: Any, out_gmem: Any, split: jax.Array, m: jax.Array, n: jax.Array) -> None:
         """Store products [m, n] that begin at m and n; `staged` is this warpgroup's."""
-        tile = self._tiles.tile
+        self.stage(sums, staged)
+        self.send(staged, out_gmem, split, m, n)
+
+    def stage(self, sums: jax.Array, staged: Any) -> None:
+        """Write products [m, n] to `staged`, once TMA has read what was there."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         into = staged.transpose((1, 0)) if self._is_turned else staged
         into[...] = sums.astype(self.dtype)
         plgpu.commit_smem()
+
+    def send(self, staged: Any, out_gmem: Any, split: jax.Array, m: jax.Array, n: jax.Array) -> None:
+        """Copy what was staged to where it begins at m and n."""
+        tile = self._tiles.tile
         down, across = pl.ds(m, tile.m), pl.ds(n, tile.n)
         to = out_gmem.at[split, across, down] if self._is_turned else out_gmem.at[split, down, across]
         plgpu.copy_smem_to_gmem(staged, to)
@@ -254,12 +262,15 @@ def launch(
     tiles: Tiles,
     operands: Sequence[jax.Array],
     *,
-    out: jax.ShapeDtypeStruct,
+    out: jax.ShapeDtypeStruct | tuple[jax.ShapeDtypeStruct, ...],
     scratch: Mapping[str, Any],
     name: str,
     interpret: Any,
-) -> jax.Array:
-    """Run `body` over the tiles: it gets the operands, the output and, by name, the scratch; `name` is for profiles."""
+) -> Any:
+    """Run `body` over the tiles: it gets the operands, the outputs and, by name, the scratch; `name` is for profiles.
+
+    What it gives is an array, or several, as `out` is.
+    """
     run = plgpu.kernel(
         body,
         out_type=out,
@@ -273,5 +284,4 @@ def launch(
         kernel_name=name,
         **({"interpret": interpret} if interpret else {}),
     )
-    product: jax.Array = run(*operands)
-    return product
+    return run(*operands)

@@ -1,5 +1,6 @@
 """Claims about how an implementation is chosen."""
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -71,3 +72,8 @@ def test_a_tuned_implementation_is_given_the_device_kind() -> None:
     tuned = Implementation("tuned", lambda x, *, device_kind: (x, device_kind), lambda problem: None, is_tuned=True)
     kernels = KernelChoices("gpu", device_kind="NVIDIA H200")
     assert kernels.choose("paged_attention", [tuned], 1).fn(3) == (3, "NVIDIA H200")
+    assert kernels.choose("paged_attention", [tuned], 1).several is None
+    tuned = dataclasses.replace(tuned, several=tuned.fn)
+    several = kernels.choose("paged_attention", [tuned], 1).several
+    assert several is not None
+    assert several(3) == (3, "NVIDIA H200")

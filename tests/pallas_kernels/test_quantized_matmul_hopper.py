@@ -1,7 +1,9 @@
 """The Hopper kernels of the quantized matmul, in GPU interpret mode with race detection, and lowered for the chip."""
 
 import dataclasses
+import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from millrace.pallas_kernels import tuning
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.pallas_kernels.hopper_operands import words_of
-from millrace.pallas_kernels.quantized_matmul import FORMATS, MatmulProblem, WeightFormat, hopper, matmul
+from millrace.pallas_kernels.quantized_matmul import FORMATS, MatmulProblem, WeightFormat, hopper, matmul, matmuls
 from millrace.pallas_kernels.quantized_matmul.contract import QuantizedWeight
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, pack_nibbles, quantize, quantize_rows
 from millrace.pallas_kernels.quantized_matmul.hopper_decode import (
@@ -92,6 +95,41 @@ def test_scales_of_any_size_are_those_of_the_product(scale: float) -> None:
 def test_small_tiles_take_turns() -> None:
     assert tile(m=64, k=256, blocks=2).fitted(256, 8, 8).splits == 1
     assert tile(m=64, k=256, blocks=2, turns=8).fitted(256, 8, 8).splits == 4
+
+
+def check_several(name: str, num_rows: int, shapes: Sequence[tuple[int, int]], tile: Tile) -> None:
+    """Weights in one launch against each alone, and without a cluster, bit by bit."""
+    x, weights = draw(num_rows, shapes[0][1]), [quantize(draw(*shape), FORMATS[name]) for shape in shapes]
+    weights = [dataclasses.replace(weight, scales=weight.scales * (1 + i)) for i, weight in enumerate(weights)]
+    run = functools.partial(
+        hopper.matmuls, x, platform="gpu", out_dtype="bfloat16", device_kind=H200,
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )  # fmt: skip
+    together = run(weights, tile=tile, most=len(weights))
+    for found, weight in zip(together, weights, strict=True):
+        np.testing.assert_array_equal(found, run([weight], tile=dataclasses.replace(tile, cluster=1))[0])
+
+
+def test_weights_of_many_rows_in_one_launch_are_as_each_alone() -> None:
+    check_several("fp8", 130, [(128, 256), (64, 256)], tile(n=64, stages=3, warpgroups=2, cluster=2))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_weights_of_few_rows_in_one_launch_are_as_each_alone(splits: int) -> None:
+    check_several("int8", 5, [(128, 512), (64, 512), (64, 512)], tile(splits=splits))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_blocks_of_a_cluster_may_be_in_different_weights(name: str, splits: int) -> None:
+    check_several(name, 5, [(128, 512)] * 4, tile(splits=splits, cluster=4, blocks=4, warpgroups=2))
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+def test_three_weights_of_many_rows_go_on_over_tiles(name: str) -> None:
+    check_several(name, 300, [(256, 512), (128, 512), (128, 512)], tile(n=128, stages=3, warpgroups=2, cluster=2))
 
 
 @pytest.mark.kernels
@@ -182,14 +220,15 @@ def test_tiles_divide_the_weights_of_models(name: str, num_rows: int) -> None:
         assert chosen.splits * tiles <= max(tiles, chosen.blocks)
 
 
-def lower(x: jax.Array | jax.ShapeDtypeStruct, weight: QuantizedWeight, out_dtype: str = "bfloat16") -> None:
-    """Make a program for an H200, which must choose the kernels of this file."""
+def lower(x: jax.Array | jax.ShapeDtypeStruct, *weights: QuantizedWeight, out_dtype: str = "bfloat16") -> int:
+    """The kernels of a program for an H200, which must choose those of this file."""
     kernels = KernelChoices("gpu", device_kind=H200)
     device = AbstractDevice(device_kind=H200, num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        run = jax.jit(lambda x, w: matmul(x, w, kernels=kernels, out_dtype=out_dtype))
-        run.trace(x, weight).lower(lowering_platforms=("cuda",))
+        run = jax.jit(lambda x, weights: matmuls(x, weights, kernels=kernels, out_dtype=out_dtype))
+        lowered = run.trace(x, weights).lower(lowering_platforms=("cuda",))
     assert kernels.made == (("quantized_matmul", "hopper"),)
+    return lowered.as_text().count("@mosaic_gpu")
 
 
 @pytest.mark.parametrize("name", ["fp8", "int4"])
@@ -197,10 +236,46 @@ def test_problems_beside_a_hopper_choose_it(name: str) -> None:
     lower(draw(4, 512), quantize(draw(128, 512), FORMATS[name]))
 
 
+@pytest.fixture
+def shared_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes by which three weights share a launch."""
+    read = tuning._read
+    monkeypatch.setattr(tuning, "_read", lambda path: {**read(path), "w8a8_launch": {"weights": 3}})
+
+
+# q, k and v, and gate and up, of Llama-2-70B and Llama-3.1-8B, whole and over 8 devices.
+@pytest.mark.usefixtures("shared_launches")
+@pytest.mark.parametrize("num_rows", [1, 64, 1536])
+@pytest.mark.parametrize(
+    "out_dims", [(8192, 1024, 1024), (28672, 28672), (4096, 1024, 1024), (14336, 14336), (512, 128, 128), (3584, 3584)]
+)
+def test_weights_of_models_that_meet_the_same_activations_are_one_kernel(
+    out_dims: tuple[int, ...], num_rows: int
+) -> None:
+    assert kernels_of("fp8", num_rows, out_dims) == 1
+
+
+@pytest.mark.usefixtures("shared_launches")
+@pytest.mark.parametrize(("name", "out_dims"), [("fp8", (256, 64)), ("int8_a16", (256, 256))])
+def test_weights_that_would_narrow_a_tile_and_those_decoded_have_a_kernel_each(
+    name: str, out_dims: tuple[int, ...]
+) -> None:
+    assert kernels_of(name, 16, out_dims) == 2
+
+
+def kernels_of(name: str, num_rows: int, out_dims: Sequence[int]) -> int:
+    """Of a program that multiplies weights of so many channels."""
+    weights = [
+        jax.eval_shape(lambda out_dim=out_dim: quantize(jnp.zeros((out_dim, 1024)), FORMATS[name]))
+        for out_dim in out_dims
+    ]
+    return lower(jax.ShapeDtypeStruct((num_rows, 1024), jnp.bfloat16), *weights)
+
+
 @pytest.mark.parametrize("num_rows", [128, 512, 1024])
 def test_logits_have_room_beside_the_tuned_stages(num_rows: int) -> None:
     weight = jax.eval_shape(lambda: quantize(jnp.zeros((8192, 1024)), FORMATS["fp8"]))
-    lower(jax.ShapeDtypeStruct((num_rows, 1024), jnp.bfloat16), weight, "float32")
+    lower(jax.ShapeDtypeStruct((num_rows, 1024), jnp.bfloat16), weight, out_dtype="float32")
 
 
 def test_problems_beside_a_cpu_are_left_to_what_serves_there() -> None:
