@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mosaic
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
+from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array, Float, Float8e4m3fn
 
 from ..dispatch import KernelChoices
@@ -37,6 +37,7 @@ _DTYPE = "float8_e4m3fn"
 _VECTOR = 8  # neighbours in a register, 16 bytes of a load
 _UNIT = 128 * _VECTOR  # columns of a load of a warpgroup
 _MOST_WARPGROUPS = 8  # of a block
+_ONE_EACH = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 
 
 def unsupported(problem: GatedMatmulProblem) -> str | None:
@@ -111,7 +112,7 @@ def gated_rows(
 
 def _body(
     *refs: Any,  # gate and up, values and scales
-    peaks: Any,  # of each warpgroup, repeated
+    peaks: Any,  # [warpgroups, threads]: of a thread's warp
     met: Any,
     activation: Activation,
     is_interpreted: bool,
@@ -119,9 +120,9 @@ def _body(
     """One row: each warpgroup has a run of its columns."""
     gate, up, values, scales = refs
     row, wg = lax.axis_index("row"), lax.axis_index("wg")
-    columns = gate.shape[1] // peaks.shape[0]
+    warpgroups = peaks.shape[0]
+    columns = gate.shape[1] // warpgroups
     mine, layout = pl.ds(wg * columns, columns), plgpu.Layout.WG_STRIDED((columns,), vec_size=_VECTOR)
-    one_each = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 
     def load(ref: Any) -> jax.Array:
         loaded: jax.Array = plgpu.load(ref.at[row, mine], layout=layout, optimized=False)
@@ -129,18 +130,41 @@ def _body(
 
     product = ACTIVATIONS[activation](load(gate)) * load(up)
     product = product.astype(gate.dtype).astype(jnp.float32)
-    peak = jnp.max(jnp.abs(product))
-    store(peaks.at[wg], plgpu.layout_cast(jnp.full((128,), peak, jnp.float32), one_each))
+    store(peaks.at[wg], _greatest_of_warps(jnp.abs(product), layout, is_interpreted))
     plgpu.barrier_arrive(met)
     plgpu.barrier_wait(met)
-    everywhere = [plgpu.load(peaks.at[i], layout=one_each, optimized=False) for i in range(peaks.shape[0])]
-    scale = jnp.max(functools.reduce(jnp.maximum, everywhere)) * jnp.float32(1 / MAX_VALUE[_DTYPE])
+    everywhere = [peaks[i, 32 * warp] for i in range(warpgroups) for warp in range(4)]
+    scale = functools.reduce(jnp.maximum, everywhere) * jnp.float32(1 / MAX_VALUE[_DTYPE])
     scaled = product / jnp.where(scale == 0, 1.0, scale)
     store(values.at[row, mine], _to_float8(scaled, layout, is_interpreted))
 
     @pl.when(wg == 0)
     def _() -> None:
-        store(scales.at[row], plgpu.layout_cast(jnp.full((128,), scale, jnp.float32), one_each))
+        store(scales.at[row], plgpu.layout_cast(jnp.full((128,), scale, jnp.float32), _ONE_EACH))
+
+
+def _greatest_of_warps(x: jax.Array, layout: Any, is_interpreted: bool) -> jax.Array:
+    """The greatest number that a thread's warp has, for each of 128 threads.
+
+    Pallas' own reduction over warps goes through scratch memory that a block has once: of several warpgroups at the
+    same time, some found each other's maxima on an H200.
+    """
+    if is_interpreted:
+        return jnp.full((128,), jnp.max(x), jnp.float32)
+    result = plgpu.ShapeDtypeStruct((128,), jnp.dtype(jnp.float32), layout=_ONE_EACH)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)  # type: ignore[untyped-decorator]
+    def reduce(context: Any, array: Any) -> Any:
+        vectors = functools.reduce(arith.maximumf, array.registers.flat)
+        numbers = [vector.extract(vectors, dynamic_position=[], static_position=[i]) for i in range(_VECTOR)]
+        greatest = functools.reduce(arith.maximumf, numbers)
+        for distance in (16, 8, 4, 2, 1):
+            greatest = arith.maximumf(greatest, mosaic.utils.shfl_bfly(greatest, distance))
+        registers = np.empty(_ONE_EACH.to_mgpu().registers_shape((128,)), object)
+        registers.flat[0] = vector.broadcast(ir.VectorType.get((1,), ir.F32Type.get()), greatest)
+        return mosaic.FragmentedArray(_registers=registers, _layout=_ONE_EACH.to_mgpu(), _is_signed=None)
+
+    return cast(jax.Array, reduce(x))
 
 
 def _to_float8(x: jax.Array, layout: Any, is_interpreted: bool) -> jax.Array:
