@@ -1,7 +1,8 @@
 """Paged attention on Hopper: which kernel computes which rows of a step.
 
 A step of one query per slot is the decode kernel's, and the reduction's where slots are split. In a mixed step the
-slots of one query still are, and the prefill kernel has the others; gathers that XLA fuses pick rows from both.
+slots of one query still are, and the prefill kernel has all other rows; an update in place, of a row for each slot,
+joins them.
 The write of new keys and values stays XLA's scatter: in place, a few kilobytes per token and layer, against pages of
 megabytes that attention reads; a kernel of its own would save no launch.
 """
@@ -70,9 +71,11 @@ def paged_attention(
     query_lens = jnp.diff(batch.cu_query_lens)
     is_single, starts = query_lens == 1, batch.cu_query_lens[:-1]
     singles = step.decode(jnp.where(is_single, batch.kv_lens, 0), jnp.where(is_single, starts, 0))
-    has_chunk = (query_lens > 1) & (batch.kv_lens > 0)
-    chunks = step.prefill(jnp.where(has_chunk, query_lens, 0), singles)
-    return chunks.reshape(q.shape)
+    output = step.prefill(jnp.where(is_single, 0, query_lens))
+    # In place, and dropped where a slot has a chunk: its row would be one behind the last.
+    rows = jnp.where(is_single, starts, q.shape[0] + jnp.arange(starts.shape[0]))
+    output = output.at[rows].set(singles, mode="drop", unique_indices=True)
+    return output.reshape(q.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,40 +135,25 @@ class _Step:
             output = jnp.where((num_items > 1)[:, None, None, None], reduced, output)
         return jnp.where((kv_lens > 0)[:, None, None, None], output, 0)[:, :, :num_groups]
 
-    def prefill(self, query_lens: jax.Array, singles: jax.Array) -> jax.Array:
-        """[T, K, G, H]: rows of slots with query_lens [B] > 0, those of `singles` [B, K, G, H], zeros elsewhere."""
+    def prefill(self, query_lens: jax.Array) -> jax.Array:
+        """[T, K, G, H]: rows of slots with query_lens [B] > 0, zeros behind the last slot, and elsewhere anything."""
         num_rows, num_heads, head_dim = self.q.shape
-        num_groups = num_heads // self.num_kv_heads
-        sizes = self.sizes("prefill")
-        case = self._prefill_case(sizes, num_groups)
+        case = self._prefill_case(self.sizes("prefill"), num_heads // self.num_kv_heads)
         tiles = make_tiles(self.batch, query_lens, num_rows, case.tile_queries, self.place)
         keys = Keys(self.cache, self.layer, self.batch.page_tables, self.batch.kv_lens)
-        output = prefill(self._prefill_q(tiles, case), keys, tiles, self.sinks, case)
-        output = output[:, :, : case.tile_queries * num_groups]
-        output = output.reshape(*output.shape[:2], case.tile_queries, num_groups, head_dim)
-
-        cu = self.batch.cu_query_lens
-        row = jnp.arange(num_rows)
-        slot = jnp.searchsorted(cu, row, side="right", method="compare_all") - 1
-        slot = jnp.minimum(slot, query_lens.shape[0] - 1)
-        tile, offset = jnp.divmod(row - cu[slot], case.tile_queries)
-        chunks = output.at[tiles.first_tile[slot] + tile, :, offset].get(mode="clip")
-        is_single = (jnp.diff(cu)[slot] == 1) & (row < cu[-1])
-        is_chunk = (query_lens[slot] > 0) & (row < cu[-1])
-        rest = jnp.where(is_single[:, None, None, None], singles[slot], 0)
-        return jnp.where(is_chunk[:, None, None, None], chunks, rest)
-
-    def _prefill_q(self, tiles: Tiles, case: Prefill) -> jax.Array:
-        """Queries as the prefill kernel takes them."""
-        num_rows, _, head_dim = self.q.shape
         q = self.q.reshape(num_rows, self.num_kv_heads, case.num_groups, head_dim)
-        if not case.has_q_tiles:
-            return jnp.moveaxis(q, 1, 0).reshape(self.num_kv_heads, num_rows * case.num_groups, head_dim)
-        rows = tiles.rows[:, 1, None] + jnp.arange(case.tile_queries)
-        tiled = jnp.moveaxis(q.at[rows].get(mode="clip"), 1, 2)  # [C, K, queries, G, H]
-        tiled = tiled.reshape(*tiled.shape[:2], -1, head_dim)
-        rest = case.consumers * ROWS_EACH - tiled.shape[2]
-        return jnp.pad(tiled, ((0, 0), (0, 0), (0, rest), (0, 0)))
+        if not case.is_tiled:
+            return prefill(q, keys, tiles, self.sinks, case)
+        return self._rows_of(prefill(_tiled(q, tiles, case), keys, tiles, self.sinks, case), tiles, case)
+
+    def _rows_of(self, tiled: jax.Array, tiles: Tiles, case: Prefill) -> jax.Array:
+        """[T, K, G, H] of tiles [C, K, rows, H]."""
+        used = tiled[:, :, : case.tile_queries * case.num_groups]
+        used = used.reshape(*used.shape[:2], case.tile_queries, case.num_groups, used.shape[-1])
+        cu, row = self.batch.cu_query_lens, jnp.arange(self.q.shape[0])
+        slot = jnp.searchsorted(cu, row, side="right", method="compare_all") - 1
+        tile, offset = jnp.divmod(row - cu[slot], case.tile_queries)
+        return used.at[tiles.first_tile[slot] + tile, :, offset].get(mode="clip")
 
     def _decode_case(self, sizes: Mapping[str, int], num_groups: int, split: Split) -> Decode:
         case = Decode(**self._case(sizes), split=split)
@@ -195,3 +183,12 @@ class _Step:
             "num_ctas": sizes["sms"],
             "has_tensor_memory": self.has_tensor_memory,
         }
+
+
+def _tiled(q: jax.Array, tiles: Tiles, case: Prefill) -> jax.Array:
+    """Tiles [C, K, rows, H] of q [T, K, G, H]."""
+    rows = tiles.rows[:, 1, None] + jnp.arange(case.tile_queries)
+    tiled = jnp.moveaxis(q.at[rows].get(mode="clip"), 1, 2)  # [C, K, queries, G, H]
+    tiled = tiled.reshape(*tiled.shape[:2], -1, tiled.shape[-1])
+    rest = case.consumers * ROWS_EACH - tiled.shape[2]
+    return jnp.pad(tiled, ((0, 0), (0, 0), (0, rest), (0, 0)))

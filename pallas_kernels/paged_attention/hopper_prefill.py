@@ -6,7 +6,10 @@ warpgroup keeps `stages` blocks of 64 keys and values in flight by TMA, page by 
 prepares them: 8-bit blocks are widened (and scaled), values past a slot's last key become zeros. Consumers compute
 S = Q K^T, the running softmax in registers (M = 64 rows, 64 keys), O += P V with P from registers; only blocks at the
 diagonal or at a window's start are masked. Two consumers share the tensor cores, one's softmax under the other's
-products. Output goes to its own place of whole tiles, which the caller gathers, so that no store is masked.
+products. Q comes and the output goes in pieces, heads of one query that are whole tiled rows of shared memory, so that
+both lie in device memory as the step has them and a tile stores no row but its own; where heads make no such piece,
+both are tiles of their own, which the caller gathers. Rows of no slot, or of one without keys, are tiles without
+blocks, which come out as zeros.
 The tensor cores bound it, and the exponentials next to them: 64 x 64 of either per block and consumer.
 
 Operands under a wgmma: a consumer waits for each product before it uses the result, and arrives at a stage's `free`
@@ -18,6 +21,8 @@ registers: in GPU interpret mode, and with tensor memory, whose `loaded` barrier
 
 import dataclasses
 import functools
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,7 +31,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from ..mosaic import ROWS, swizzled
+from ..mosaic import ROWS, TILED_ROWS, swizzled
 from .hopper_tiles import (
     LOG2_E,
     MASKED,
@@ -44,6 +49,7 @@ from .hopper_tiles import (
 from .hopper_work import BLOCK_KEYS, Case, Keys, Tiles
 
 ROWS_EACH = 64  # of a consumer warpgroup
+SMALLEST = 2.0**-100  # below any sum of weights: where a row has seen no key, nothing is divided by it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,19 +67,20 @@ class Prefill(Case):
         return self.consumers * ROWS_EACH // self.num_groups
 
     @property
-    def has_q_tiles(self) -> bool:
-        """Whether q comes as tiles: a copy must begin at a multiple of 8 rows."""
-        return self.num_groups % 8 != 0
+    def is_tiled(self) -> bool:
+        """Whether q and the output are tiles [C, K, consumers * 64, H]; [T, K, G, H] if a query is whole tiled rows."""
+        return self.num_groups % TILED_ROWS != 0
+
+    @property
+    def piece_rows(self) -> int:
+        """Rows of a consumer that one copy brings or stores: of one query if it is not `is_tiled`."""
+        return ROWS_EACH if self.is_tiled else math.gcd(self.num_groups, ROWS_EACH)
 
 
 def prefill(q: jax.Array, keys: Keys, tiles: Tiles, sinks: jax.Array | None, case: Prefill) -> jax.Array:
-    """The tiles in use of the output, [C, K, consumers * 64, H]; the rest is not written.
-
-    q is [K, T * G, H], or with `has_q_tiles` of the output's shape.
-    """
+    """The output of the tiles' rows, of the shape of q, which is [T, K, G, H] or tiles; the rest is not written."""
     num_kv_heads, head_dim = keys.cache.values.shape[3], q.shape[-1]
-    num_rows = case.consumers * ROWS_EACH
-    row = jnp.arange(num_rows)
+    row = jnp.arange(case.consumers * ROWS_EACH)
     arguments = [q.astype(case.math_dtype), keys.cache.values, *keys[1:], tiles.rows, tiles.num_used]
     arguments.append((row // case.num_groups).astype(jnp.int32))
     if keys.cache.scales is not None:
@@ -84,7 +91,7 @@ def prefill(q: jax.Array, keys: Keys, tiles: Tiles, sinks: jax.Array | None, cas
     num_ctas = min(case.num_ctas, tiles.rows.shape[0] * num_kv_heads)
     kernel = plgpu.kernel(
         functools.partial(_body, case),
-        out_type=jax.ShapeDtypeStruct((tiles.rows.shape[0], num_kv_heads, num_rows, head_dim), q.dtype),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         grid=(num_ctas,),
         grid_names=("cta",),
         num_threads=case.consumers + 1,
@@ -108,7 +115,7 @@ def _scratch(case: Prefill, head_dim: int) -> dict[str, Any]:
         "q_tile": swizzled((case.consumers, ROWS_EACH, head_dim), case.math_dtype, line),
         "keys": blocks,  # not one array of both: what `run_state` multiplies may have no constant index
         "values": blocks,
-        "q_here": plgpu.Barrier(num_barriers=case.consumers),
+        "q_here": plgpu.Barrier(num_arrivals=ROWS_EACH // case.piece_rows, num_barriers=case.consumers),
         "here": plgpu.Barrier(num_arrivals=1 if case.is_widened else num_copies, num_barriers=case.stages),
         "free": plgpu.Barrier(num_arrivals=case.consumers, num_barriers=case.stages),
     }
@@ -144,8 +151,8 @@ def _body(case: Prefill, *refs: Any, **scratch: Any) -> None:
         def one(turn: jax.Array, num_before: jax.Array) -> jax.Array:
             number = first + turn * step
             tile, head = lax.div(number, num_kv_heads), lax.rem(number, num_kv_heads)
-            slot, row, position, begin, end = (tiles[tile, i] for i in range(5))
-            unit = _Unit(case, tile, head, slot, row, position, begin, end, kv_lens[slot])
+            slot, row, num_queries, position, begin, end = (tiles[tile, i] for i in range(6))
+            unit = _Unit(case, tile, head, slot, row, num_queries, position, begin, end, kv_lens[slot])
             after: jax.Array = work(num_before, unit)
             return after
 
@@ -164,13 +171,14 @@ def _body(case: Prefill, *refs: Any, **scratch: Any) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Unit:
-    """A tile of one slot's query rows and a KV head."""
+    """A tile of one slot's query rows, or of nobody's, and a KV head."""
 
     case: Prefill
     tile: jax.Array
     head: jax.Array
     slot: jax.Array
     row: jax.Array  # the first of the tile, in queries
+    num_queries: jax.Array  # of the tile
     position: jax.Array  # of that query
     begin: jax.Array  # units of keys
     end: jax.Array
@@ -319,10 +327,10 @@ class _Consumer:
 
     case: Prefill
     index: jax.Array
-    q: Any  # [K, T * G, H], or [C, K, consumers * 64, H]
+    q: Any  # [T, K, G, H], or [C, K, consumers * 64, H]
     row_queries: Any  # [consumers * 64]: which of the tile's queries a row belongs to
     sinks: Any  # [K, consumers * 64] or None
-    output: Any  # [C, K, consumers * 64, H]
+    output: Any  # as q
     scratch: dict[str, Any]
 
     @property
@@ -330,17 +338,13 @@ class _Consumer:
         """Its rows of a tile."""
         return pl.ds(self.index * ROWS_EACH, ROWS_EACH)
 
-    def _q_rows(self, unit: _Unit) -> Any:
-        first = unit.row * self.case.num_groups + self.index * ROWS_EACH
-        return self.q.at[unit.head, pl.ds(first, ROWS_EACH)]
-
     def attend(self, num_before: jax.Array, unit: _Unit) -> jax.Array:
         """One tile and KV head."""
         q_tile, staged = self.scratch["q_tile"].at[self.index], self._staged
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        source = self.q.at[unit.tile, unit.head, self.rows] if self.case.has_q_tiles else self._q_rows(unit)
         q_here = self.scratch["q_here"].at[self.index]
-        plgpu.copy_gmem_to_smem(source, q_tile, q_here)
+        for rows, _, source in self._pieces(unit, self.q):
+            plgpu.copy_gmem_to_smem(source, q_tile.at[rows], q_here)
         position = plgpu.load(self.row_queries.at[self.rows], layout=ROWS, optimized=False) + unit.position
         plgpu.barrier_wait(q_here)
 
@@ -359,10 +363,32 @@ class _Consumer:
             mixed = mixed * along_columns(jnp.exp2(peak - top), mixed.shape)
             total = total * jnp.exp2(peak - top) + jnp.exp2(sink - top)
         plgpu.commit_smem()  # all warps are done with q's tile, which is where most of the outputs go
+        total = jnp.maximum(total, SMALLEST)
         staged[...] = (mixed / along_columns(total, mixed.shape)).astype(staged.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(staged, self.output.at[unit.tile, unit.head, self.rows])
+        self._store(unit)
         return num_before + unit.num_blocks
+
+    def _pieces(self, unit: _Unit, array: Any) -> Iterator[tuple[Any, jax.Array, Any]]:
+        """Of each piece its rows of 64, its query of the tile, and its part of q or the output (any if not of it)."""
+        case = self.case
+        for start in range(0, ROWS_EACH, case.piece_rows):
+            row = self.index * ROWS_EACH + start
+            query, group = lax.div(row, case.num_groups), lax.rem(row, case.num_groups)
+            if case.is_tiled:
+                part = array.at[unit.tile, unit.head, self.rows]
+            else:
+                known = jnp.minimum(unit.row + query, array.shape[0] - 1)
+                part = array.at[known, unit.head, pl.ds(group, case.piece_rows)]
+            yield pl.ds(start, case.piece_rows), query, part
+
+    def _store(self, unit: _Unit) -> None:
+        """Copy what is staged to the output: of pieces those of the tile's own queries."""
+        for rows, query, target in self._pieces(unit, self.output):
+
+            @pl.when(self.case.is_tiled | (query < unit.num_queries))
+            def _(rows: Any = rows, target: Any = target) -> None:
+                plgpu.copy_smem_to_gmem(self._staged.at[rows], target)
 
     @property
     def _staged(self) -> Any:

@@ -126,27 +126,35 @@ def _ceil_div(x: Any, y: int) -> Any:
 
 
 class Tiles(NamedTuple):
-    """C tiles of query rows, each of one slot, of which the first `num_used` are in use."""
+    """C tiles of query rows, each of one slot or of the rows behind the last; the first `num_used` are in use."""
 
-    rows: jax.Array  # [C, 5] int32: slot, first row, position of the first row, first unit, end unit
+    rows: jax.Array  # [C, 6] int32: slot, first row, rows, position of the first row, first unit, end unit
     num_used: jax.Array  # [1] int32
-    first_tile: jax.Array  # [B] int32: of each slot
+    first_tile: jax.Array  # [B + 1] int32: of each slot, and of the rows behind the last
 
 
 def make_tiles(batch: PagedBatch, query_lens: jax.Array, num_rows: int, tile_rows: int, place: Place) -> Tiles:
-    """The tiles of slots with `query_lens` [B] queries, 0 for those that are left to others, 2 or more for the rest."""
+    """The tiles of slots with `query_lens` [B] queries, 0 for those that are left to others, 2 or more for the rest.
+
+    The rows behind the last slot have tiles as well, of no keys. A tile of no keys begins and ends at unit 1: its first
+    page, which is read ahead, then is one of the table's.
+    """
     units, window = place
     num_slots = query_lens.shape[0]
+    query_lens = jnp.append(query_lens, num_rows - batch.cu_query_lens[-1])
+    kv_lens = jnp.append(batch.kv_lens, 0)
     num_tiles = -(-query_lens // tile_rows)
     ends = jnp.cumsum(num_tiles)
-    most = num_rows // tile_rows + min(num_slots, num_rows // 2)
+    most = num_rows // tile_rows + min(num_slots, num_rows // 2) + 1
 
-    tile = jnp.arange(max(most, 1))
-    slot = jnp.minimum(jnp.searchsorted(ends, tile, side="right", method="compare_all"), num_slots - 1)
+    tile = jnp.arange(most)
+    slot = jnp.minimum(jnp.searchsorted(ends, tile, side="right", method="compare_all"), num_slots)
     offset = (tile - (ends - num_tiles)[slot]) * tile_rows
-    position = (batch.kv_lens - query_lens)[slot] + offset
-    end_key = position + jnp.minimum(tile_rows, query_lens[slot] - offset)
+    rows = jnp.minimum(tile_rows, query_lens[slot] - offset)
+    position = (kv_lens - query_lens)[slot] + offset
     first_key = jnp.zeros_like(position) if window is None else jnp.maximum(position - window + 1, 0)
-    rows = [slot, batch.cu_query_lens[slot] + offset, position, first_key // units.keys, -(-end_key // units.keys)]
+    begin, end = first_key // units.keys, -(-(position + rows) // units.keys)
+    begin, end = (jnp.where(kv_lens[slot] > 0, unit, 1) for unit in (begin, end))
+    columns = [jnp.minimum(slot, num_slots - 1), batch.cu_query_lens[slot] + offset, rows, position, begin, end]
     first_tile = (ends - num_tiles).astype(jnp.int32)
-    return Tiles(jnp.stack(rows, axis=1).astype(jnp.int32), ends[-1:].astype(jnp.int32), first_tile)
+    return Tiles(jnp.stack(columns, axis=1).astype(jnp.int32), ends[-1:].astype(jnp.int32), first_tile)

@@ -137,6 +137,16 @@ def test_mixed_steps_follow_the_reference() -> None:
     check(make_case(MIXED, shape, num_padding=3), make_spec(shape, window=30))
 
 
+@pytest.mark.parametrize("groups", [4, 8, pytest.param(16, marks=pytest.mark.kernels)])
+def test_rows_without_keys_and_rows_of_nobody_are_zeros(groups: int) -> None:
+    """Of more than one tile; the output is NaN where no kernel writes it."""
+    shape, slots = Shape(heads=(2 * groups, 2), page=64), [(1, 0), (20, 0), (0, 0), (3, 67), (1, 5), (2, 0)]
+    case, spec = make_case(slots, shape, num_padding=19), make_spec(shape)
+    answer = case.run(spec, has_sinks=True)
+    assert not answer[:21].any() and not answer[25:].any()
+    np.testing.assert_allclose(answer, case.expected(spec, has_sinks=True), atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize("cache_dtype", [pytest.param("float8_e4m3fn", marks=pytest.mark.kernels), "int8"])
 def test_steps_over_an_8_bit_cache_follow_the_reference(cache_dtype: str) -> None:
     shape = Shape(page=32, cache_dtype=cache_dtype)
@@ -153,6 +163,7 @@ SHAPES = {
     "head 96": Shape(heads=(16, 2), head_dim=96, page=64),
     "head 128": Shape(heads=(16, 2), head_dim=128, page=64),
     "head 256": Shape(heads=(8, 1), head_dim=256, page=64),
+    "sixteen heads each": Shape(heads=(32, 2), page=32),
     "sixty-four heads each": Shape(heads=(64, 1), page=64),
 }
 VARIANTS: dict[str, dict[str, Any]] = {"plain": {}, "window": {"window": 100}, "cap": {"soft_cap": 2.0}}
@@ -287,12 +298,17 @@ def test_tiles_cover_every_query_of_every_chunk_once(tile_queries: int, window: 
         batch = PagedBatch(np.zeros((NUM_SLOTS, 1), np.int32), cu, kv_lens)  # type: ignore[arg-type]
         tiles = jax.tree.map(np.asarray, make(batch, query_lens))
         rows = tiles.rows[: tiles.num_used[0]]
-        assert tiles.num_used[0] == sum(-(-query_lens // tile_queries))
+        num_padding = NUM_ROWS - cu[-1]
+        assert tiles.num_used[0] == sum(-(-query_lens // tile_queries)) + -(-num_padding // tile_queries)
+        padding = rows[rows[:, 1] >= cu[-1]]
+        assert (padding[:, 4] == padding[:, 5]).all() and sum(padding[:, 2]) == num_padding
+        rows = rows[rows[:, 1] < cu[-1]]
         for slot, queries in enumerate(query_lens):
             own = rows[rows[:, 0] == slot]
             assert len(own) == -(-queries // tile_queries)
-            for i, (_, row, position, first, end) in enumerate(own):
+            for i, (_, row, num_queries, position, first, end) in enumerate(own):
                 assert row == cu[slot] + i * tile_queries
+                assert num_queries == min(tile_queries, queries - i * tile_queries)
                 assert position == kv_lens[slot] - queries + i * tile_queries
                 assert end == (min(position + tile_queries, kv_lens[slot]) - 1) // 16 + 1
                 assert first == (0 if window is None else max(position - window + 1, 0) // 16)
