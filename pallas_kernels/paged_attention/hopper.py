@@ -163,6 +163,7 @@ class _Step:
     def _prefill_case(self, sizes: Mapping[str, int], num_groups: int) -> Prefill:
         return Prefill(
             **self._case(sizes),
+            takes_turns=bool(sizes.get("ping_pong", 0)) and sizes["consumers"] == 2,
             num_groups=num_groups,
             consumers=sizes["consumers"],
             raw_stages=sizes.get("raw_stages", 1),

@@ -1,16 +1,18 @@
 """Paged attention of prompt chunks on Hopper.
 
-Schedule: persistent CTAs walk over units of work (tile, KV head). A tile is up to 64 rows per consumer warpgroup, a row
-one head of one query, so that the G heads which share a KV head share its keys. A producer
+Schedule: persistent CTAs share units of work (tile, KV head), the last tiles first, for these see the most keys, and
+in turns back and forth, so that no CTA gets the longest of each turn: they end together. A tile is up to 64 rows per
+consumer warpgroup, a row one head of one query, so that the G heads which share a KV head share its keys. A producer
 warpgroup keeps `stages` blocks of 64 keys and values in flight by TMA, page by page, over the ends of units too, and
 prepares them: 8-bit blocks are widened (and scaled), values past a slot's last key become zeros. Consumers compute
 S = Q K^T, the running softmax in registers (M = 64 rows, 64 keys), O += P V with P from registers; only blocks at the
-diagonal or at a window's start are masked. Two consumers share the tensor cores, one's softmax under the other's
-products. Q comes and the output goes in pieces, heads of one query that are whole tiled rows of shared memory, so that
-both lie in device memory as the step has them and a tile stores no row but its own; where heads make no such piece,
-both are tiles of their own, which the caller gathers. Rows of no slot, or of one without keys, are tiles without
-blocks, which come out as zeros.
-The tensor cores bound it, and the exponentials next to them: 64 x 64 of either per block and consumer.
+diagonal or at a window's start are masked. Q comes and the output goes in pieces, heads of one query that are whole
+tiled rows of shared memory, so that both lie in device memory as the step has them and a tile stores no row but its
+own; where heads make no such piece, both are tiles of their own, which the caller gathers. Rows of no slot, or of one
+without keys, are tiles without blocks, which come out as zeros.
+The tensor cores bound it, and the exponentials next to them: 64 x 64 of either per block and consumer. So two consumers
+take turns: in its own, one adds P V and begins the next block's Q K^T, and while it has its softmax the other has the
+tensor cores. Both have the same blocks, so as many turns. A unit's last turn is passed before its output is stored.
 
 Operands under a wgmma: a consumer waits for each product before it uses the result, and arrives at a stage's `free`
 barrier only after both its products with it; the producer refills a stage when all consumers have arrived. Q's tile is
@@ -22,13 +24,14 @@ registers: in GPU interpret mode, and with tensor memory, whose `loaded` barrier
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from ..mosaic import ROWS, TILED_ROWS, swizzled
@@ -60,6 +63,7 @@ class Prefill(Case):
     consumers: int  # warpgroups
     raw_stages: int  # of 8-bit blocks on their way to being widened
     weights_in_registers: bool
+    takes_turns: bool  # two consumers, at the tensor cores
 
     @property
     def tile_queries(self) -> int:
@@ -80,9 +84,9 @@ class Prefill(Case):
 def prefill(q: jax.Array, keys: Keys, tiles: Tiles, sinks: jax.Array | None, case: Prefill) -> jax.Array:
     """The output of the tiles' rows, of the shape of q, which is [T, K, G, H] or tiles; the rest is not written."""
     num_kv_heads, head_dim = keys.cache.values.shape[3], q.shape[-1]
-    row = jnp.arange(case.consumers * ROWS_EACH)
+    row = np.arange(case.consumers * ROWS_EACH)
     arguments = [q.astype(case.math_dtype), keys.cache.values, *keys[1:], tiles.rows, tiles.num_used]
-    arguments.append((row // case.num_groups).astype(jnp.int32))
+    arguments.append(jnp.asarray(row // case.num_groups, jnp.int32))
     if keys.cache.scales is not None:
         arguments.append(keys.cache.scales)
     if sinks is not None:
@@ -119,6 +123,8 @@ def _scratch(case: Prefill, head_dim: int) -> dict[str, Any]:
         "here": plgpu.Barrier(num_arrivals=1 if case.is_widened else num_copies, num_barriers=case.stages),
         "free": plgpu.Barrier(num_arrivals=case.consumers, num_barriers=case.stages),
     }
+    if case.takes_turns:
+        scratch["turn"] = plgpu.Barrier(num_barriers=case.consumers)
     if case.dtype != case.math_dtype:
         scratch["staged"] = swizzled((case.consumers, ROWS_EACH, head_dim), case.dtype, line)
     if not case.weights_in_registers:
@@ -143,29 +149,20 @@ def _body(case: Prefill, *refs: Any, **scratch: Any) -> None:
     num_kv_heads = values.shape[3]
     warpgroup = lax.axis_index("warpgroup")
 
-    def visit(work: Any) -> None:
-        """work(count, unit) for each unit of this CTA; `count` sums the blocks before it."""
-        first, step = lax.axis_index("cta"), lax.axis_size("cta")
-        num_units = lax.div(count[0] * num_kv_heads - first + step - 1, step)
-
-        def one(turn: jax.Array, num_before: jax.Array) -> jax.Array:
-            number = first + turn * step
-            tile, head = lax.div(number, num_kv_heads), lax.rem(number, num_kv_heads)
-            slot, row, num_queries, position, begin, end = (tiles[tile, i] for i in range(6))
-            unit = _Unit(case, tile, head, slot, row, num_queries, position, begin, end, kv_lens[slot])
-            after: jax.Array = work(num_before, unit)
-            return after
-
-        lax.fori_loop(0, num_units, one, jnp.int32(0))
+    share = _Share(case, num_kv_heads, tiles, count[0] * num_kv_heads, kv_lens)
 
     @pl.when(warpgroup == case.consumers)
     def _() -> None:
         producer = _Producer(case, values, scales, layer[0], page_tables, scratch)
-        visit(producer.widen if case.is_widened else producer.copy)
+        share.visit(producer.widen if case.is_widened else producer.copy)
 
     @pl.when(warpgroup < case.consumers)
     def _() -> None:
-        visit(_Consumer(case, warpgroup, q, row_queries, sinks, output, scratch).attend)
+        consumer = _Consumer(case, warpgroup, q, row_queries, sinks, output, scratch)
+        pl.when(warpgroup != 0)(consumer.pass_turn)  # the first has the first turn
+        share.visit(consumer.attend)
+        # The last turn that is passed. If it were seen which barrier it is, its place would take a register all along.
+        pl.when(lax.optimization_barrier(warpgroup) == 0)(consumer.take_turn)
         plgpu.wait_smem_to_gmem(0)
 
 
@@ -174,15 +171,28 @@ class _Unit:
     """A tile of one slot's query rows, or of nobody's, and a KV head."""
 
     case: Prefill
+    tiles: Any  # [C, 6]
     tile: jax.Array
     head: jax.Array
     slot: jax.Array
-    row: jax.Array  # the first of the tile, in queries
-    num_queries: jax.Array  # of the tile
-    position: jax.Array  # of that query
+    position: jax.Array  # of the first query
     begin: jax.Array  # units of keys
     end: jax.Array
     num_keys: jax.Array  # of the slot
+
+    @property
+    def row(self) -> jax.Array:
+        """The tile's first query; read where it is asked, for registers are few."""
+        return self._read(1)
+
+    @property
+    def num_queries(self) -> jax.Array:
+        """How many the tile has."""
+        return self._read(2)
+
+    def _read(self, column: int) -> jax.Array:
+        number: jax.Array = self.tiles[self.tile, column]
+        return number
 
     @property
     def num_blocks(self) -> jax.Array:
@@ -203,6 +213,43 @@ class _Unit:
             first = jnp.clip(lax.div(hidden + BLOCK_KEYS - 1, BLOCK_KEYS), 0, self.num_blocks)
         end = lax.div(self.position + 1 - self.first_key, BLOCK_KEYS)
         return first, jnp.clip(end, first, self.num_blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Share:
+    """The units of this CTA, one in each turn of all CTAs."""
+
+    case: Prefill
+    num_kv_heads: int
+    tiles: Any  # [C, 6]
+    num_units: jax.Array  # of all CTAs
+    kv_lens: Any  # [B]
+
+    def visit(self, work: Callable[[jax.Array, _Unit], jax.Array]) -> None:
+        """work(num_before, unit) for each unit; `num_before` sums the blocks of those before it."""
+
+        def one(turn: jax.Array, num_before: jax.Array) -> jax.Array:
+            return work(num_before, self.unit(turn))
+
+        lax.fori_loop(0, self.num_turns, one, jnp.int32(0))
+
+    @property
+    def num_turns(self) -> jax.Array:
+        """Those in which there is a unit for this CTA."""
+        whole, rest = (op(self.num_units, lax.axis_size("cta")) for op in (lax.div, lax.rem))
+        return whole + (self._place(whole) < rest).astype(jnp.int32)
+
+    def _place(self, turn: jax.Array) -> jax.Array:
+        """This CTA's place in a turn: one turn begins where the one before it ended."""
+        cta = lax.axis_index("cta")
+        return jnp.where(lax.rem(turn, 2) == 0, cta, lax.axis_size("cta") - 1 - cta)
+
+    def unit(self, turn: jax.Array) -> _Unit:
+        """The unit of a turn."""
+        number = self.num_units - 1 - (turn * lax.axis_size("cta") + self._place(turn))
+        tile, head = lax.div(number, self.num_kv_heads), lax.rem(number, self.num_kv_heads)
+        slot, position, begin, end = (self.tiles[tile, i] for i in (0, 3, 4, 5))
+        return _Unit(self.case, self.tiles, tile, head, slot, position, begin, end, self.kv_lens[slot])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,19 +390,23 @@ class _Consumer:
         q_tile, staged = self.scratch["q_tile"].at[self.index], self._staged
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         q_here = self.scratch["q_here"].at[self.index]
-        for rows, _, source in self._pieces(unit, self.q):
-            plgpu.copy_gmem_to_smem(source, q_tile.at[rows], q_here)
-        position = plgpu.load(self.row_queries.at[self.rows], layout=ROWS, optimized=False) + unit.position
+
+        @pl.loop(0, ROWS_EACH // self.case.piece_rows)
+        def _(piece: jax.Array) -> None:
+            plgpu.copy_gmem_to_smem(self._piece(unit, self.q, piece), q_tile.at[self._piece_rows(piece)], q_here)
+
         plgpu.barrier_wait(q_here)
 
         zeros = full((ROWS_EACH, q_tile.shape[1]), 0.0, plgpu.Layout.WGMMA)
+        self.take_turn()
         carry: Any = (full((ROWS_EACH,), MASKED, ROWS), full((ROWS_EACH,), 0.0, ROWS), zeros)
         first, end = unit.unmasked
         if self.case.window is not None:
-            carry = lax.fori_loop(0, first, functools.partial(self._block, num_before, unit, position), carry)
-        carry = lax.fori_loop(first, end, functools.partial(self._block, num_before, unit, None), carry)
-        visit = functools.partial(self._block, num_before, unit, position)
+            carry = lax.fori_loop(0, first, functools.partial(self._block, num_before, unit, True), carry)
+        carry = lax.fori_loop(first, end, functools.partial(self._block, num_before, unit, False), carry)
+        visit = functools.partial(self._block, num_before, unit, True)
         peak, total, mixed = lax.fori_loop(end, unit.num_blocks, visit, carry)
+        self.pass_turn()
 
         if self.sinks is not None:
             sink = plgpu.load(self.sinks.at[unit.head, self.rows], layout=ROWS, optimized=False)
@@ -369,54 +420,82 @@ class _Consumer:
         self._store(unit)
         return num_before + unit.num_blocks
 
-    def _pieces(self, unit: _Unit, array: Any) -> Iterator[tuple[Any, jax.Array, Any]]:
-        """Of each piece its rows of 64, its query of the tile, and its part of q or the output (any if not of it)."""
-        case = self.case
-        for start in range(0, ROWS_EACH, case.piece_rows):
-            row = self.index * ROWS_EACH + start
-            query, group = lax.div(row, case.num_groups), lax.rem(row, case.num_groups)
-            if case.is_tiled:
-                part = array.at[unit.tile, unit.head, self.rows]
-            else:
-                known = jnp.minimum(unit.row + query, array.shape[0] - 1)
-                part = array.at[known, unit.head, pl.ds(group, case.piece_rows)]
-            yield pl.ds(start, case.piece_rows), query, part
+    def _piece_rows(self, piece: jax.Array) -> Any:
+        """Which of the 64 rows a piece is."""
+        return pl.ds(piece * self.case.piece_rows, self.case.piece_rows)
+
+    def _piece(self, unit: _Unit, array: Any, piece: jax.Array) -> Any:
+        """A piece's part of q or the output; of what is behind q's last row, any."""
+        if self.case.is_tiled:
+            return array.at[unit.tile, unit.head, self.rows]
+        row = self.index * ROWS_EACH + piece * self.case.piece_rows
+        query, group = lax.div(row, self.case.num_groups), lax.rem(row, self.case.num_groups)
+        query = jnp.minimum(unit.row + query, array.shape[0] - 1)
+        return array.at[query, unit.head, pl.ds(group, self.case.piece_rows)]
 
     def _store(self, unit: _Unit) -> None:
-        """Copy what is staged to the output: of pieces those of the tile's own queries."""
-        for rows, query, target in self._pieces(unit, self.output):
+        """Copy the tile's own pieces of what is staged to the output."""
+        num_rows = unit.num_queries * self.case.num_groups - self.index * ROWS_EACH
+        whole = ROWS_EACH // self.case.piece_rows
+        num_pieces = 1 if self.case.is_tiled else jnp.clip(lax.div(num_rows, self.case.piece_rows), 0, whole)
 
-            @pl.when(self.case.is_tiled | (query < unit.num_queries))
-            def _(rows: Any = rows, target: Any = target) -> None:
-                plgpu.copy_smem_to_gmem(self._staged.at[rows], target)
+        @pl.loop(0, num_pieces)
+        def _(piece: jax.Array) -> None:
+            plgpu.copy_smem_to_gmem(self._staged.at[self._piece_rows(piece)], self._piece(unit, self.output, piece))
+
+    def take_turn(self) -> None:
+        """Wait for the tensor cores."""
+        if self.case.takes_turns:
+            plgpu.barrier_wait(self.scratch["turn"].at[self.index])
+
+    def pass_turn(self) -> None:
+        """Leave the tensor cores to the other consumer, behind the products that have begun."""
+        if self.case.takes_turns:
+            plgpu.barrier_arrive(self.scratch["turn"].at[1 - self.index])
 
     @property
     def _staged(self) -> Any:
         return self.scratch.get("staged", self.scratch["q_tile"]).at[self.index]
 
-    def _block(self, num_before: jax.Array, unit: _Unit, position: jax.Array | None, i: jax.Array, carry: Any) -> Any:
-        """Join block i; `position` [64] of the rows where keys must be masked."""
+    def _block(self, num_before: jax.Array, unit: _Unit, is_masked: bool, i: jax.Array, carry: Any) -> Any:
+        """Join block i in the consumer's turn."""
         peak, total, mixed = carry
         stage = lax.rem(num_before + i, self.case.stages)
         keys, shape = self.scratch["keys"].at[stage], (ROWS_EACH, BLOCK_KEYS)
         plgpu.barrier_wait(self.scratch["here"].at[stage])
-        scores = product_of(self.scratch)(shape, self.scratch["q_tile"].at[self.index], keys.transpose((1, 0)))
-        scores = log2_scores(scores, self.case.scale, self.case.soft_cap)
-        if position is not None:
-            key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-            key, last = key + (unit.first_key + i * BLOCK_KEYS), along_columns(position, shape)
-            is_visible = key <= last
-            if self.case.window is not None:
-                is_visible &= key > last - self.case.window
-            scores = jnp.where(is_visible, scores, MASKED)
-        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - along_columns(new_peak, shape))
+        scores = product_of(self.scratch)(
+            shape, self.scratch["q_tile"].at[self.index], keys.transpose((1, 0)), self.pass_turn
+        )
+        scores, factor = self._log2_scores(scores)
+        if is_masked:
+            scores = self._masked(scores, unit.first_key + i * BLOCK_KEYS, unit.position)
+        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * factor)
+        weights = jnp.exp2(scores * factor - along_columns(new_peak, shape))
         decay = jnp.exp2(peak - new_peak)
         total = total * decay + jnp.sum(weights, axis=1)
         mixed = mixed * along_columns(decay, mixed.shape)
-        mixed = self._add(mixed, weights.astype(self.case.math_dtype), self.scratch["values"].at[stage])
+        weights = weights.astype(self.case.math_dtype)
+        total, mixed, weights = lax.optimization_barrier((total, mixed, weights))
+        self.take_turn()
+        mixed = self._add(mixed, weights, self.scratch["values"].at[stage])
         plgpu.barrier_arrive(self.scratch["free"].at[stage])
         return new_peak, total, mixed
+
+    def _log2_scores(self, products: jax.Array) -> tuple[jax.Array, float]:
+        """Scores, and what makes them powers of two: the peak is found first, and scaled, so that scores never are."""
+        if self.case.soft_cap is None and self.case.scale > 0:
+            return products, self.case.scale * LOG2_E
+        return log2_scores(products, self.case.scale, self.case.soft_cap), 1.0
+
+    def _masked(self, scores: jax.Array, first_key: jax.Array, position: jax.Array) -> jax.Array:
+        """Scores [64, keys] of the keys from `first_key` that the rows of a tile at `position` see."""
+        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + first_key
+        position = plgpu.load(self.row_queries.at[self.rows], layout=ROWS, optimized=False) + position
+        last = along_columns(position, scores.shape)
+        is_visible = key <= last
+        if self.case.window is not None:
+            is_visible &= key > last - self.case.window
+        return jnp.where(is_visible, scores, MASKED)
 
     def _add(self, mixed: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
         """mixed + weights @ values, waited for."""
