@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int32
 from ..tuning import generation, tuned
 from .contract import KvCache, PagedAttentionProblem, PagedAttentionSpec, PagedBatch
 from .hopper_decode import Decode, decode
-from .hopper_prefill import ROWS_EACH, Prefill, prefill
+from .hopper_prefill import prefill
+from .hopper_prefill_work import ROWS_EACH, Prefill
 from .hopper_reduce import reduce_items
 from .hopper_work import BLOCK_KEYS, Keys, Place, Split, Tiles, Units, choose_split, item_of, make_tiles
 
@@ -161,13 +162,16 @@ class _Step:
         return dataclasses.replace(case, num_ctas=sizes["sms"] * min(sizes["ctas_per_sm"], max(resident, 1)))
 
     def _prefill_case(self, sizes: Mapping[str, int], num_groups: int) -> Prefill:
+        consumers, stages = sizes["consumers"], sizes["stages"]
         return Prefill(
             **self._case(sizes),
-            takes_turns=bool(sizes.get("ping_pong", 0)) and sizes["consumers"] == 2,
             num_groups=num_groups,
-            consumers=sizes["consumers"],
+            consumers=consumers,
             raw_stages=sizes.get("raw_stages", 1),
             weights_in_registers=bool(sizes.get("weights_in_registers", 1)) and not self.has_tensor_memory,
+            # Either holds a stage while it waits for another.
+            takes_turns=bool(sizes.get("ping_pong", 0)) and consumers == 2 and stages > 1,
+            is_pipelined=bool(sizes.get("pipelined", 0)) and stages > 1,
         )
 
     def _case(self, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -47,6 +47,8 @@ SPLIT = {**SMALL, "num_items": 64, "max_splits": 3, "min_blocks": 1, "max_blocks
 DECODE = [(1, 1), (1, 16), (1, 0), (1, 65)]
 # A slot with keys and no query, a single query, a prompt, a chunk late in a context that crosses tiles and blocks.
 MIXED = [(0, 9), (1, 70), (5, 5), (0, 0), (17, 66)]
+LARGE_DECODE = [(1, keys) for keys in (1, 8, 0, 63, 64, 65, 130, 513)]
+LARGE_MIXED = [(0, 9), (1, 1), (0, 0), (37, 37), (1, 129), (19, 283), (2, 64), (1, 16), (3, 65)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,15 @@ def test_mixed_steps_follow_the_reference() -> None:
     check(make_case(MIXED, shape, num_padding=3), make_spec(shape, window=30))
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize(("ping_pong", "pipelined"), [(0, 0), (0, 1), (1, 0)])
+def test_mixed_steps_follow_the_reference_without_turns_or_in_them(ping_pong: int, pipelined: int) -> None:
+    """With every schedule that is not the tuned one."""
+    shape = Shape(heads=(16, 2), page=32)
+    change = {**SMALL, "ping_pong": ping_pong, "pipelined": pipelined}
+    check(make_case(LARGE_MIXED, shape, num_padding=3), make_spec(shape, window=100), change, has_sinks=True)
+
+
 @pytest.mark.parametrize("groups", [4, 8, pytest.param(16, marks=pytest.mark.kernels)])
 def test_rows_without_keys_and_rows_of_nobody_are_zeros(groups: int) -> None:
     """Of more than one tile; the output is NaN where no kernel writes it."""
@@ -153,8 +164,6 @@ def test_steps_over_an_8_bit_cache_follow_the_reference(cache_dtype: str) -> Non
     check(make_case([(1, 70), (3, 35)], shape), make_spec(shape))
 
 
-LARGE_DECODE = [(1, keys) for keys in (1, 8, 0, 63, 64, 65, 130, 513)]
-LARGE_MIXED = [(0, 9), (1, 1), (0, 0), (37, 37), (1, 129), (19, 283), (2, 64), (1, 16), (3, 65)]
 SHAPES = {
     "one head each": Shape(heads=(2, 2), page=8),
     "all share one": Shape(heads=(24, 1), page=16),
