@@ -172,6 +172,7 @@ class _Step:
             # Either holds a stage while it waits for another.
             takes_turns=bool(sizes.get("ping_pong", 0)) and consumers == 2 and stages > 1,
             is_pipelined=bool(sizes.get("pipelined", 0)) and stages > 1,
+            is_ahead=bool(sizes.get("q_ahead", 0)),
         )
 
     def _case(self, sizes: Mapping[str, int]) -> dict[str, Any]:

@@ -14,13 +14,13 @@ The tensor cores bound it, and the exponentials next to them: 64 x 64 of either 
 take turns: in its own, one adds P V and begins the next block's Q K^T, and while it has its softmax the other has the
 tensor cores. Both have the same blocks, so as many turns. A unit's last turn is passed before its output is stored.
 If it `is_pipelined`, both products of a turn are in flight together, the next block's Q K^T before P V; else the tensor
-cores have nothing to do between them.
+cores have nothing to do between them. If it `is_ahead`, the next unit's q comes under a unit's last product and output.
 
 Operands under a wgmma: a consumer waits for each product before it uses the result (for both of a turn at once, if
 both are in flight) or changes the weights, and arrives at a stage's `free` barrier only after both its products with
-it; the producer refills a stage when all consumers have arrived. Q's tile is
-loaded anew, or overwritten by the output, only behind a `commit_smem`, a barrier of the consumer that each of its warps
-passes after it has waited for its last product. Weights go through shared memory only where there are no operands in
+it; the producer refills a stage when all consumers have arrived. Q's tile is loaded anew, or overwritten by the output,
+only behind a `commit_smem`, a barrier of the consumer that each of its warps passes after it has waited for its last
+product with q. Weights go through shared memory only where there are no operands in
 registers: in GPU interpret mode, and with tensor memory, whose `loaded` barrier all warps pass first.
 """
 
@@ -36,20 +36,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..mosaic import ROWS, swizzled
-from .hopper_prefill_work import ROWS_EACH, Prefill, Share, Unit
+from ..mosaic import ROWS
+from .hopper_prefill_work import ROWS_EACH, Prefill, Share, Unit, scratch_types
 from .hopper_tiles import (
     LOG2_E,
     MASKED,
     along_columns,
     full,
-    line_bytes,
     log2_scores,
     output_tiles,
     product_of,
     read_pages,
     source_keys,
-    tensor_memory,
     widened_columns,
 )
 from .hopper_work import BLOCK_KEYS, Keys, Tiles
@@ -74,45 +72,12 @@ def prefill(q: jax.Array, keys: Keys, tiles: Tiles, sinks: jax.Array | None, cas
         grid_names=("cta",),
         num_threads=case.consumers + 1,
         thread_name="warpgroup",
-        scratch_types=_scratch(case, head_dim),
+        scratch_types=scratch_types(case, head_dim),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name=f"paged_prefill_{'blackwell' if case.has_tensor_memory else 'hopper'}",
     )
     output: jax.Array = kernel(*arguments)
     return output
-
-
-def _scratch(case: Prefill, head_dim: int) -> dict[str, Any]:
-    line = line_bytes(head_dim * case.math_dtype.itemsize)
-    # Products of 64 rows by tcgen05 take the columns in halves, and a swizzle may not reach past its half.
-    narrow = min(line_bytes(head_dim // 2 * case.math_dtype.itemsize), BLOCK_KEYS // 2 * case.math_dtype.itemsize)
-    block = (BLOCK_KEYS, head_dim)
-    blocks = swizzled((case.stages, *block), case.math_dtype, narrow if case.has_tensor_memory else line)
-    num_copies = case.units.per_block * (4 if case.has_scales else 2)
-    scratch = {
-        "q_tile": swizzled((case.consumers, ROWS_EACH, head_dim), case.math_dtype, line),
-        "keys": blocks,  # not one array of both: what `run_state` multiplies may have no constant index
-        "values": blocks,
-        "q_here": plgpu.Barrier(num_arrivals=ROWS_EACH // case.piece_rows, num_barriers=case.consumers),
-        "here": plgpu.Barrier(num_arrivals=1 if case.is_widened else num_copies, num_barriers=case.stages),
-        "free": plgpu.Barrier(num_arrivals=case.consumers, num_barriers=case.stages),
-    }
-    if case.takes_turns:
-        scratch["turn"] = plgpu.Barrier(num_barriers=case.consumers)
-    if case.dtype != case.math_dtype:
-        scratch["staged"] = swizzled((case.consumers, ROWS_EACH, head_dim), case.dtype, line)
-    if not case.weights_in_registers:
-        scratch["weights"] = swizzled((case.consumers, ROWS_EACH, BLOCK_KEYS), case.math_dtype, line)
-    if case.is_widened:
-        raw_line = line_bytes(head_dim)
-        raw = (case.raw_stages, 2, *block)
-        scratch["raw"] = swizzled(raw, case.cache_dtype, raw_line) if raw_line else plgpu.SMEM(raw, case.cache_dtype)
-        scratch["raw_here"] = plgpu.Barrier(num_arrivals=num_copies, num_barriers=case.raw_stages)
-    else:
-        scratch["tail_here"] = plgpu.Barrier(num_arrivals=num_copies)
-    if case.has_scales:
-        scratch["scales"] = plgpu.SMEM((case.raw_stages, 2, BLOCK_KEYS), jnp.float32)
-    return scratch | tensor_memory(BLOCK_KEYS, head_dim) if case.has_tensor_memory else scratch
 
 
 def _body(case: Prefill, *refs: Any, **scratch: Any) -> None:
@@ -134,7 +99,11 @@ def _body(case: Prefill, *refs: Any, **scratch: Any) -> None:
     def _() -> None:
         consumer = _Consumer(case, warpgroup, q, row_queries, sinks, output, scratch)
         pl.when(warpgroup != 0)(consumer.pass_turn)  # the first has the first turn
+        if case.is_ahead:
+            pl.when(share.num_turns > 0)(lambda: consumer.fetch(share.unit(jnp.int32(0))))
         share.visit(consumer.attend)
+        if case.is_ahead:
+            pl.when(share.num_turns > 0)(consumer.wait_for_q)  # the last unit has brought its own again
         # The last turn that is passed. If it were seen which barrier it is, its place would take a register all along.
         pl.when(lax.optimization_barrier(warpgroup) == 0)(consumer.take_turn)
         plgpu.wait_smem_to_gmem(0)
@@ -151,7 +120,7 @@ class _Producer:
     page_tables: Any
     scratch: dict[str, Any]
 
-    def copy(self, num_before: jax.Array, unit: Unit) -> jax.Array:
+    def copy(self, num_before: jax.Array, unit: Unit, _: Unit) -> jax.Array:
         """Blocks as they are; a slot's last one is waited for, so that what lies past its keys can be cleared."""
         here, keys, values = (self.scratch[name] for name in ("here", "keys", "values"))
 
@@ -182,7 +151,7 @@ class _Producer:
         lax.fori_loop(0, unit.num_blocks, one, self._pages(unit, jnp.int32(0)))
         return num_before + unit.num_blocks
 
-    def widen(self, num_before: jax.Array, unit: Unit) -> jax.Array:
+    def widen(self, num_before: jax.Array, unit: Unit, _: Unit) -> jax.Array:
         """Blocks of 8 bits: copied to a ring of their own, and from there widened into that of the consumers."""
         ring, num_blocks = self.case.raw_stages, unit.num_blocks
 
@@ -281,27 +250,29 @@ class _Consumer:
         """Its rows of a tile."""
         return pl.ds(self.index * ROWS_EACH, ROWS_EACH)
 
-    def attend(self, num_before: jax.Array, unit: Unit) -> jax.Array:
-        """One tile and KV head."""
+    def attend(self, num_before: jax.Array, unit: Unit, following: Unit) -> jax.Array:
+        """One tile and KV head; if this kernel `is_ahead`, its q is on its way, and the following unit's is brought."""
+        if not self.case.is_ahead:
+            self.fetch(unit)
+        self.wait_for_q()
 
         @pl.when(unit.num_blocks > 0)
         def _() -> None:
-            self._load(unit)
-            sums = self._joined(num_before, unit)
+            sums = self._joined(num_before, unit, following)
             self.pass_turn()
             self._put(unit, self._output(unit, sums))
 
         @pl.when(unit.num_blocks == 0)
         def _() -> None:
+            self._fetch_ahead(following)
             self._put(unit, full(self._q.shape, 0.0, plgpu.Layout.WGMMA))
 
         return num_before + unit.num_blocks
 
-    def _load(self, unit: Unit) -> None:
-        """Bring q."""
+    def fetch(self, unit: Unit) -> None:
+        """Bring q, behind the output that may leave from there."""
         q_here = self.scratch["q_here"].at[self.index]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
         # Not seen to be constant: the loop would be unrolled, and what its copies need kept in registers all along.
         num_pieces = lax.optimization_barrier(jnp.int32(ROWS_EACH // self.case.piece_rows))
 
@@ -309,7 +280,15 @@ class _Consumer:
         def _(piece: jax.Array) -> None:
             plgpu.copy_gmem_to_smem(self._piece(unit, self.q, piece), self._q.at[self._piece_rows(piece)], q_here)
 
-        plgpu.barrier_wait(q_here)
+    def wait_for_q(self) -> None:
+        """Wait for the q that was brought last."""
+        plgpu.barrier_wait(self.scratch["q_here"].at[self.index])
+
+    def _fetch_ahead(self, following: Unit) -> None:
+        """When there are all scores of a unit, bring the next unit's q."""
+        if self.case.is_ahead:
+            plgpu.commit_smem()  # all warps have them
+            self.fetch(following)
 
     def _output(self, unit: Unit, sums: _Sums) -> jax.Array:
         """[64, H]."""
@@ -325,7 +304,7 @@ class _Consumer:
         """Store the tile's own rows of the output [64, H]."""
         staged = self.scratch.get("staged", self.scratch["q_tile"]).at[self.index]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.commit_smem()  # all warps are done with q's tile, which is where most of the outputs go
+        plgpu.commit_smem()  # all warps are done with what was there: q, or an output that has left
         staged[...] = output.astype(staged.dtype)
         plgpu.commit_smem()
         num_rows = unit.num_queries * self.case.num_groups - self.index * ROWS_EACH
@@ -359,19 +338,22 @@ class _Consumer:
         if self.case.takes_turns:
             plgpu.barrier_arrive(self.scratch["turn"].at[1 - self.index])
 
-    def _joined(self, num_before: jax.Array, unit: Unit) -> _Sums:
+    def _joined(self, num_before: jax.Array, unit: Unit, following: Unit) -> _Sums:
         """A unit's blocks, behind which the turn is this consumer's."""
         zeros = full((ROWS_EACH, self.scratch["q_tile"].shape[2]), 0.0, plgpu.Layout.WGMMA)
         none = _Sums(full((ROWS_EACH,), MASKED, ROWS), full((ROWS_EACH,), 0.0, ROWS), zeros)
         stage = functools.partial(self._stage, num_before)
         if not self.case.is_pipelined:
             self.take_turn()
-            return self._visit(unit, 0, functools.partial(self._join, stage, unit), none)
+            sums = self._visit(unit, 0, functools.partial(self._join, stage, unit), none)
+            self._fetch_ahead(following)
+            return sums
 
         plgpu.barrier_wait(self.scratch["here"].at[stage(0)])
         self.take_turn()
         carry = self._weigh(unit, jnp.int32(0), self._scores(stage(0)), none, is_masked=True)
         sums, weights = self._visit(unit, 1, functools.partial(self._follow, stage, unit), carry)
+        self._fetch_ahead(following)
         self.take_turn()
         return self._add(stage(unit.num_blocks - 1), sums, weights)
 

@@ -1,4 +1,4 @@
-"""What a Hopper prefill kernel is compiled for, and the units of work, a tile and a KV head, that its CTAs share."""
+"""What a Hopper prefill kernel is compiled for, its shared memory, and the units of work that its CTAs share."""
 
 import dataclasses
 import math
@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from ..mosaic import TILED_ROWS
+from ..mosaic import TILED_ROWS, swizzled
+from .hopper_tiles import line_bytes, tensor_memory
 from .hopper_work import BLOCK_KEYS, Case
 
 ROWS_EACH = 64  # of a consumer warpgroup
@@ -25,6 +27,7 @@ class Prefill(Case):
     weights_in_registers: bool
     takes_turns: bool  # two consumers, at the tensor cores
     is_pipelined: bool  # weights wait for the next block's scores: the two products run together
+    is_ahead: bool  # the next unit's q comes while this one's last block is joined
 
     @property
     def tile_queries(self) -> int:
@@ -37,9 +40,48 @@ class Prefill(Case):
         return self.num_groups % TILED_ROWS != 0
 
     @property
+    def is_staged(self) -> bool:
+        """Whether the output has a place of its own in shared memory, not q's."""
+        return self.is_ahead or bool(self.dtype != self.math_dtype)
+
+    @property
     def piece_rows(self) -> int:
         """Rows of a consumer that one copy brings or stores: of one query if it is not `is_tiled`."""
         return ROWS_EACH if self.is_tiled else math.gcd(self.num_groups, ROWS_EACH)
+
+
+def scratch_types(case: Prefill, head_dim: int) -> dict[str, Any]:
+    """Shared memory and barriers of a CTA."""
+    line = line_bytes(head_dim * case.math_dtype.itemsize)
+    # Products of 64 rows by tcgen05 take the columns in halves, and a swizzle may not reach past its half.
+    narrow = min(line_bytes(head_dim // 2 * case.math_dtype.itemsize), BLOCK_KEYS // 2 * case.math_dtype.itemsize)
+    block = (BLOCK_KEYS, head_dim)
+    blocks = swizzled((case.stages, *block), case.math_dtype, narrow if case.has_tensor_memory else line)
+    num_copies = case.units.per_block * (4 if case.has_scales else 2)
+    scratch = {
+        "q_tile": swizzled((case.consumers, ROWS_EACH, head_dim), case.math_dtype, line),
+        "keys": blocks,  # not one array of both: what `run_state` multiplies may have no constant index
+        "values": blocks,
+        "q_here": plgpu.Barrier(num_arrivals=ROWS_EACH // case.piece_rows, num_barriers=case.consumers),
+        "here": plgpu.Barrier(num_arrivals=1 if case.is_widened else num_copies, num_barriers=case.stages),
+        "free": plgpu.Barrier(num_arrivals=case.consumers, num_barriers=case.stages),
+    }
+    if case.takes_turns:
+        scratch["turn"] = plgpu.Barrier(num_barriers=case.consumers)
+    if case.is_staged:
+        scratch["staged"] = swizzled((case.consumers, ROWS_EACH, head_dim), case.dtype, line)
+    if not case.weights_in_registers:
+        scratch["weights"] = swizzled((case.consumers, ROWS_EACH, BLOCK_KEYS), case.math_dtype, line)
+    if case.is_widened:
+        raw_line = line_bytes(head_dim)
+        raw = (case.raw_stages, 2, *block)
+        scratch["raw"] = swizzled(raw, case.cache_dtype, raw_line) if raw_line else plgpu.SMEM(raw, case.cache_dtype)
+        scratch["raw_here"] = plgpu.Barrier(num_arrivals=num_copies, num_barriers=case.raw_stages)
+    else:
+        scratch["tail_here"] = plgpu.Barrier(num_arrivals=num_copies)
+    if case.has_scales:
+        scratch["scales"] = plgpu.SMEM((case.raw_stages, 2, BLOCK_KEYS), jnp.float32)
+    return scratch | tensor_memory(BLOCK_KEYS, head_dim) if case.has_tensor_memory else scratch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +143,17 @@ class Share:
     num_units: jax.Array  # of all CTAs
     kv_lens: Any  # [B]
 
-    def visit(self, work: Callable[[jax.Array, Unit], jax.Array]) -> None:
-        """work(num_before, unit) for each unit; `num_before` sums the blocks of those before it."""
+    def visit(self, work: Callable[[jax.Array, Unit, Unit], jax.Array]) -> None:
+        """work(num_before, unit, following) for each unit; `num_before` sums the blocks of those before it.
+
+        The last is followed by itself.
+        """
+        num_turns = self.num_turns
 
         def one(turn: jax.Array, num_before: jax.Array) -> jax.Array:
-            return work(num_before, self.unit(turn))
+            return work(num_before, self.unit(turn), self.unit(jnp.minimum(turn + 1, num_turns - 1)))
 
-        lax.fori_loop(0, self.num_turns, one, jnp.int32(0))
+        lax.fori_loop(0, num_turns, one, jnp.int32(0))
 
     @property
     def num_turns(self) -> jax.Array:

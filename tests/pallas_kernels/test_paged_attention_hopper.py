@@ -144,7 +144,7 @@ def test_mixed_steps_follow_the_reference() -> None:
 def test_mixed_steps_follow_the_reference_without_turns_or_in_them(ping_pong: int, pipelined: int) -> None:
     """With every schedule that is not the tuned one."""
     shape = Shape(heads=(16, 2), page=32)
-    change = {**SMALL, "ping_pong": ping_pong, "pipelined": pipelined}
+    change = {**SMALL, "ping_pong": ping_pong, "pipelined": pipelined, "q_ahead": 0}
     check(make_case(LARGE_MIXED, shape, num_padding=3), make_spec(shape, window=100), change, has_sinks=True)
 
 
