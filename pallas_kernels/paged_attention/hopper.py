@@ -128,9 +128,9 @@ class _Step:
         output, parts = decode(q, keys, rows, sinks, case)
         if split.most > 1:
             num_items = item_of(kv_lens, 0, self.place, split)[2]
-            reduced = reduce_items(parts, kv_lens, self.place, split, sinks, q.dtype)
+            reduced = reduce_items(parts, kv_lens, self.place, split, sinks, q.dtype, case.put)
             output = jnp.where((num_items > 1)[:, None, None, None], reduced, output)
-        return jnp.where((kv_lens > 0)[:, None, None, None], output, 0)[:, :, :num_groups]
+        return output[:, :, :num_groups]
 
     def prefill(self, query_lens: jax.Array, singles: jax.Array) -> jax.Array:
         """[T, K, G, H]: rows of slots with query_lens [B] > 0, those of `singles` [B, K, G, H], zeros elsewhere."""
@@ -168,8 +168,9 @@ class _Step:
         return jnp.pad(tiled, ((0, 0), (0, 0), (0, rest), (0, 0)))
 
     def _decode_case(self, sizes: Mapping[str, int], num_groups: int, split: Split) -> Decode:
-        case = Decode(**self._case(sizes), split=split)
-        resident = SHARED_BYTES // (case.shared_bytes(num_groups, self.q.shape[2]) + 1024)
+        is_interpreted = not sizes.get("weights_in_registers", 1)
+        case = Decode(**self._case(sizes), head_dim=self.q.shape[2], split=split, is_interpreted=is_interpreted)
+        resident = SHARED_BYTES // (case.shared_bytes(num_groups) + 1024)
         return dataclasses.replace(case, num_ctas=sizes["sms"] * min(sizes["ctas_per_sm"], max(resident, 1)))
 
     def _prefill_case(self, sizes: Mapping[str, int], num_groups: int) -> Prefill:

@@ -19,22 +19,25 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ..mosaic import COLUMNS, swizzled
-from .hopper_tiles import LOG2_E, MASKED, along_rows, full, line_bytes, output_tiles, stage_output
+from .hopper_tiles import LOG2_E, MASKED, Put, along_rows, full, line_bytes, output_tiles, stage_output
 from .hopper_work import Place, Split, item_of
 
 
 def reduce_items(
     parts: tuple[jax.Array, jax.Array], kv_lens: jax.Array, place: Place, split: Split, sinks: jax.Array | None,
-    dtype: DTypeLike,
+    dtype: DTypeLike, put: Put,
 ) -> jax.Array:  # fmt: skip
-    """[B, K, G, H] of the slots that have several items, from what `decode` left of each; the rest is not written."""
+    """[B, K, G, H] of the slots that have several items, from what `decode` left of each; the rest is not written.
+
+    `put` says what the sums' tiles are.
+    """
     sums, peaks = parts
     _, num_kv_heads, head_dim, num_groups = sums.shape
     num_slots = kv_lens.shape[0]
     arguments = [sums, peaks, kv_lens]
     arguments += [] if sinks is None else [(sinks.astype(jnp.float32) * LOG2_E).reshape(num_kv_heads, -1)]
     kernel = plgpu.kernel(
-        functools.partial(_body, place, split, sinks is not None),
+        functools.partial(_body, place, split, sinks is not None, put),
         out_type=jax.ShapeDtypeStruct((num_slots, num_kv_heads, num_groups, head_dim), dtype),
         grid=(num_slots, num_kv_heads),
         grid_names=("slot", "head"),
@@ -46,8 +49,8 @@ def reduce_items(
     return output
 
 
-def _body(place: Place, split: Split, has_sinks: bool, sums: Any, peaks: Any, kv_lens: Any, *refs: Any) -> None:
-    sinks, output, staged = refs if has_sinks else (None, *refs)
+def _body(place: Place, split: Split, has_sinks: bool, put: Put, sums: Any, peaks: Any, *refs: Any) -> None:
+    kv_lens, sinks, output, staged = refs if has_sinks else (refs[0], None, *refs[1:])
     slot, head = lax.axis_index("slot"), lax.axis_index("head")
     num_items = item_of(kv_lens[slot], jnp.int32(0), place, split)[2]
     first = slot * split.most
@@ -71,6 +74,6 @@ def _body(place: Place, split: Split, has_sinks: bool, sums: Any, peaks: Any, kv
         zeros = [full((64, num_groups), 0.0, plgpu.Layout.WGMMA) for _ in tiles]
         carry = (full((num_groups,), MASKED, COLUMNS), full((num_groups,), 0.0, COLUMNS), zeros)
         peak, total, mixed = lax.fori_loop(first, first + num_items, add_item, carry)
-        stage_output(peak, total, mixed, None if sinks is None else sinks.at[head], staged)
+        stage_output(peak, total, mixed, None if sinks is None else sinks.at[head], put, staged)
         plgpu.copy_smem_to_gmem(staged, output.at[slot, head])
         plgpu.wait_smem_to_gmem(0)

@@ -1,7 +1,7 @@
 """Pieces that the Hopper paged attention kernels share: shared memory tiles, copies of blocks, scores."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,7 +10,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from ..mosaic import COLUMNS
+from ..hopper_operands import joined
+from ..mosaic import COLUMNS, store
 from .hopper_work import Units
 
 MASKED = -1e30  # finite, so that what has seen no key yet makes no NaN
@@ -61,6 +62,26 @@ def product(shape: tuple[int, int], left: Any, right: Any, meanwhile: Callable[[
 
     result: jax.Array = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
     return result
+
+
+def products(
+    shape: tuple[int, int],
+    factors: Iterable[Iterable[tuple[Any, Any]]],
+    meanwhile: Callable[[], list[Any]] = list,
+) -> tuple[list[jax.Array], list[Any]]:
+    """For each of `factors` the sum of its left @ right in float32, waited for at once; and what `meanwhile` made."""
+    factors = list(factors)
+
+    def run(*sums: Any) -> tuple[list[jax.Array], list[Any]]:
+        for one, pairs in zip(sums, factors, strict=True):
+            for left, right in pairs:
+                plgpu.wgmma(one, left, right)
+        made = meanwhile()
+        return [one[...] for one in sums], made
+
+    accumulators = [plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for _ in factors]
+    results: tuple[list[jax.Array], list[Any]] = pl.run_scoped(run, *accumulators)
+    return results
 
 
 def tensor_memory(*widths: int) -> dict[str, Any]:
@@ -117,7 +138,9 @@ def source_keys(first_unit: Any, end_unit: jax.Array, units: Units) -> list[Any]
     return [pl.ds(lax.rem(unit, units.per_page) * units.keys, units.keys) for unit in numbers]
 
 
-def stage_output(peak: jax.Array, total: jax.Array, mixed: list[jax.Array], sinks: Any, staged: Any) -> None:
+def stage_output(
+    peak: jax.Array, total: jax.Array, mixed: list[jax.Array], sinks: Any, put: "Put", staged: Any
+) -> None:
     """The output [G, H] of a whole slot, in shared memory and ready to be copied."""
     if sinks is not None:
         sink = plgpu.load(sinks, layout=COLUMNS, optimized=False)
@@ -126,7 +149,21 @@ def stage_output(peak: jax.Array, total: jax.Array, mixed: list[jax.Array], sink
         total = total * decay + jnp.exp2(sink - top)
         mixed = [tile * along_rows(decay, tile.shape) for tile in mixed]
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    for start, tile in zip(output_tiles(staged.shape[1]), mixed, strict=True):
-        tile = tile / along_rows(total, tile.shape)
-        staged.at[:, pl.ds(start, 64)].transpose((1, 0))[...] = tile.astype(staged.dtype)
+    put([(tile / along_rows(total, tile.shape)).astype(staged.dtype) for tile in mixed], staged)
     plgpu.commit_smem()
+
+
+Put = Callable[[list[jax.Array], Any], None]  # tiles of sums [64, G] into an output [G, H]
+
+
+def put_tiles(tiles: list[jax.Array], staged: Any) -> None:
+    """Tiles of `output_tiles`."""
+    for start, tile in zip(output_tiles(staged.shape[1]), tiles, strict=True):
+        staged.at[:, pl.ds(start, 64)].transpose((1, 0))[...] = tile
+
+
+def put_joined(is_interpreted: bool, tiles: list[jax.Array], staged: Any) -> None:
+    """Two tiles for each 128 of a head: even places, and odd ones."""
+    for i in range(0, len(tiles), 2):
+        both = joined(tiles[i], tiles[i + 1], is_interpreted)
+        store(staged.at[:, pl.ds(64 * i, 128)].transpose((1, 0)), both)

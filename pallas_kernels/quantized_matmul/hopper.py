@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..dispatch import Platform
+from ..hopper_operands import decoder
 from ..tuning import generation, tuned
 from . import hopper_a16, hopper_w8a8
 from .contract import MatmulProblem, QuantizedWeight, WeightFormat
 from .formats import quantize_rows
-from .hopper_decode import decoder
 from .hopper_tiles import Tile
 
 Kind = Literal["w8a8", "w8a16", "w4a16"]

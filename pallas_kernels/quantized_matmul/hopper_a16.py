@@ -3,7 +3,7 @@
 Schedule. Weights are M, since only wgmma's M operand may be registers; activations are N, 8 to 128 rows of them. A
 block has two consumer warpgroups of 64 channels and one that copies. A stage is 128 bytes of a channel (256 inputs of
 4 bits, 128 of 8): `ldmatrix` brings it into registers, and each of the 4 or 2 operands of 64 inputs that it becomes
-(hopper_decode) is decoded while wgmma multiplies the one before. Scales and zero points come by TMA too, 16 bytes of
+(hopper_operands) is decoded while wgmma multiplies the one before. Scales and zero points come by TMA too, 16 bytes of
 each channel at once, so once in several stages (a panel). Activations are read from L2 again by each block, N / 16 of
 the bytes of 4-bit weights with 64 channels: clusters of up to 8 blocks multicast them. Where N is wide they come in
 pieces of 64 inputs, each a slot of its own, so that shared memory holds enough of them.
@@ -33,9 +33,10 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Int32
 
+from ..hopper_operands import ROWS, decoder, in_order_of_pairs, operand, through_memory, words_of
 from ..mosaic import swizzled
 from .contract import QuantizedWeight, Storage, WeightFormat
-from .hopper_decode import ROWS, decoder, in_order_of_pairs, offsets_of, operand, scales_of, words_of
+from .hopper_scales import offsets_of, scales_of
 from .hopper_tiles import (
     GroupTiles,
     Parts,
@@ -305,7 +306,7 @@ def _sums(
             x_use = use * tile.pieces + part
             slot = rings.x.to_read(x_use) if of_part == 0 else rings.x.slot(x_use)
             columns = smem["x"].at[slot, :, pl.ds(64 * of_part, 64)].transpose((1, 0))
-            plgpu.wgmma(sums, _through_memory(following, smem.get("operand")), columns)
+            plgpu.wgmma(sums, through_memory(following, smem.get("operand")), columns)
             if pair + 1 < pairs:
                 following = decode(pair + 1, is_interpreted=is_interpreted)
             plgpu.wgmma_wait(0)
@@ -333,12 +334,3 @@ def _of_groups(
     scales = scales_of(smem["scales"].at[slot], **place, kind=groups.kind)
     offsets = offsets_of(smem["zeros"].at[slot], **place, storage=storage) if groups.has_zeros else None
     return scales, offsets
-
-
-def _through_memory(values: jax.Array, smem: Any) -> Any:
-    """The operand as it is, or in interpret mode, which gives a place for it, from there."""
-    if smem is None:
-        return values
-    smem[...] = values
-    plgpu.commit_smem()
-    return smem

@@ -11,10 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from millrace.pallas_kernels.dispatch import KernelChoices
+from millrace.pallas_kernels.hopper_operands import decoder, in_order_of_pairs, operand, words_of
 from millrace.pallas_kernels.quantized_matmul import FORMATS, MatmulProblem, WeightFormat, hopper, matmul
 from millrace.pallas_kernels.quantized_matmul.contract import QuantizedWeight
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, pack_nibbles, quantize, quantize_rows
-from millrace.pallas_kernels.quantized_matmul.hopper_decode import decoder, in_order_of_pairs, operand, words_of
 from millrace.pallas_kernels.quantized_matmul.hopper_tiles import Tile
 
 H200 = "NVIDIA H200"
