@@ -28,7 +28,7 @@ queries begin behind a commit or the sum's reduction, and no thread reads what a
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -287,11 +287,11 @@ def _attend(unit: _Unit) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
         scratch["weights"].transpose((1, 0))[...] = block.scaled(weights).astype(case.math_dtype)
         plgpu.commit_smem()
 
-        @pl.when((i >= lag) & (i - lag + case.stages < num_blocks))
-        def _() -> None:
-            unit.fetch(i - lag + case.stages, pages)
+        def refill() -> None:
+            is_wanted = (i >= lag) & (i - lag + case.stages < num_blocks)
+            pl.when(is_wanted)(lambda: unit.fetch(i - lag + case.stages, pages))
 
-        mixed = [old * decay + tile for old, tile in zip(mixed, block.mixed(values), strict=True)]
+        mixed = [old * decay + tile for old, tile in zip(mixed, block.mixed(values, refill), strict=True)]
         return new_peak, total * decay + weights, mixed, following
 
     zeros = full(shape, 0.0, plgpu.Layout.WGMMA)
@@ -333,8 +333,9 @@ class _Block:
         tiles = [self.values.at[:, pl.ds(start, 64)] for start in output_tiles(self.case.head_dim)]
         return sums, [tile.transpose((1, 0)) for tile in tiles]
 
-    def mixed(self, values: list[Any]) -> list[jax.Array]:
-        """Tiles of values times weights [64, G]."""
+    def mixed(self, values: list[Any], refill: Callable[[], None]) -> list[jax.Array]:
+        """Tiles of values times weights [64, G]; `refill` a stage when it costs least."""
+        refill()
         weights = self.scratch["weights"].transpose((1, 0))
         return [product_of(self.scratch)(self.shape, tile, weights) for tile in values]
 
@@ -401,10 +402,16 @@ class _RegisterBlock(_Block):
         sums, operands = products(self.shape, [factors], lambda: list(self._operands(self._visible(values))))
         return sums[0], operands
 
-    def mixed(self, values: list[Any]) -> list[jax.Array]:
-        """As above, waited for together."""
+    def mixed(self, values: list[Any], refill: Callable[[], None]) -> list[jax.Array]:
+        """As above, waited for together, and while they are refilled."""
         weights = self.scratch["weights"].transpose((1, 0))
-        return products(self.shape, [[(self._factor(i, value), weights)] for i, value in enumerate(values)])[0]
+        factors = [[(self._factor(i, value), weights)] for i, value in enumerate(values)]
+
+        def meanwhile() -> list[Any]:
+            refill()
+            return []
+
+        return products(self.shape, factors, meanwhile)[0]
 
     @property
     def _parts(self) -> range:

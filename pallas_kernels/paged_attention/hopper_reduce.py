@@ -2,8 +2,9 @@
 
 Schedule: a CTA of one warpgroup for each slot and KV head; slots of one item, or none, cost an exit. It walks over the
 slot's items and joins their softmaxes as the running one does, [64, G] tiles of the head in registers, read straight
-from global memory in the order that the decode kernel wrote them (whole lines); no shared memory but the transposed
-output, nothing in flight but the loads. Its bytes are 8 H G per item and KV head, a few per cent of the pages' own.
+from global memory in the order that the decode kernel wrote them (whole lines), several items at once, for it is the
+latency of a few CTAs' loads that bounds it; no shared memory but the transposed output. Its bytes are 8 H G per item
+and KV head, a few per cent of the pages' own.
 
 No wgmma runs here, so no operand can be overwritten under one.
 """
@@ -21,6 +22,8 @@ from jax.typing import DTypeLike
 from ..mosaic import COLUMNS, swizzled
 from .hopper_tiles import LOG2_E, MASKED, Put, along_rows, full, line_bytes, output_tiles, stage_output
 from .hopper_work import Place, Split, item_of
+
+_READ_REGISTERS = 64  # of a thread, for items that are read at once
 
 
 def reduce_items(
@@ -56,24 +59,35 @@ def _body(place: Place, split: Split, has_sinks: bool, put: Put, sums: Any, peak
     first = slot * split.most
     num_groups, head_dim = staged.shape
     tiles = output_tiles(head_dim)
+    together = max(1, min(8, _READ_REGISTERS * 128 // (head_dim * num_groups)))
 
-    def add_item(item: jax.Array, carry: Any) -> Any:
-        peak, total, mixed = carry
-        item_peak = plgpu.load(peaks.at[item, head, 0], layout=COLUMNS, optimized=False)
-        item_total = plgpu.load(peaks.at[item, head, 1], layout=COLUMNS, optimized=False)
-        new_peak = jnp.maximum(peak, item_peak)
-        decay, item_decay = jnp.exp2(peak - new_peak), jnp.exp2(item_peak - new_peak)
-        for i, start in enumerate(tiles):
-            source = sums.at[item, head, pl.ds(start, 64)]
-            tile = plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False)
-            mixed[i] = mixed[i] * along_rows(decay, tile.shape) + tile * along_rows(item_decay, tile.shape)
-        return new_peak, total * decay + item_total * item_decay, mixed
+    def read(item: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """An item's maxima, totals and tiles; past the slot's last item they count for nothing."""
+        nothing = jnp.where(item < first + num_items, 0.0, MASKED)
+        item = jnp.minimum(item, first + num_items - 1)
+        peak = plgpu.load(peaks.at[item, head, 0], layout=COLUMNS, optimized=False)
+        total = plgpu.load(peaks.at[item, head, 1], layout=COLUMNS, optimized=False)
+        sources = (sums.at[item, head, pl.ds(start, 64)] for start in tiles)
+        parts = [plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False) for source in sources]
+        return peak + nothing, total, parts
+
+    def add_items(i: jax.Array, carry: Any) -> Any:
+        for item_peak, item_total, parts in [read(first + i * together + j) for j in range(together)]:
+            peak, total, mixed = carry
+            new_peak = jnp.maximum(peak, item_peak)
+            decay, item_decay = jnp.exp2(peak - new_peak), jnp.exp2(item_peak - new_peak)
+            mixed = [
+                old * along_rows(decay, old.shape) + part * along_rows(item_decay, part.shape)
+                for old, part in zip(mixed, parts, strict=True)
+            ]
+            carry = new_peak, total * decay + item_total * item_decay, mixed
+        return carry
 
     @pl.when(num_items > 1)
     def _() -> None:
         zeros = [full((64, num_groups), 0.0, plgpu.Layout.WGMMA) for _ in tiles]
         carry = (full((num_groups,), MASKED, COLUMNS), full((num_groups,), 0.0, COLUMNS), zeros)
-        peak, total, mixed = lax.fori_loop(first, first + num_items, add_item, carry)
+        peak, total, mixed = lax.fori_loop(0, lax.div(num_items + together - 1, together), add_items, carry)
         stage_output(peak, total, mixed, None if sinks is None else sinks.at[head], put, staged)
         plgpu.copy_smem_to_gmem(staged, output.at[slot, head])
         plgpu.wait_smem_to_gmem(0)
