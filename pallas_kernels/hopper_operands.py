@@ -206,7 +206,7 @@ class _Conversion:
     """How a word of an 8-bit dtype becomes its two pairs at once, in fewer instructions than a Decoder's."""
 
     dtype: Any  # of the operands
-    code: str  # PTX, of $2 to $0 and $1
+    code: str  # PTX, of $2 to $0 and $1; $3 is 0x43
 
 
 _CONVERSIONS = {
@@ -221,16 +221,17 @@ _CONVERSIONS = {
         cvt.rn.f16x2.e4m3x2 $1, odd;
         """,
     ),
-    # As above: a byte below 0x43 is 128 and more in bfloat16, and 256 and more where its sign bit is set.
+    # As above: a byte below 0x43 is 128 and more in bfloat16, and 256 and more where its sign bit is set. One of prmt's
+    # two constants must be a register, which ptxas fills each time anew if it knows the number.
     "int8": _Conversion(
         jnp.bfloat16,
         """
         .reg .b32 bytes, low, high;
-        prmt.b32 bytes, $2, 0x43, 0x4240;
+        prmt.b32 bytes, $2, $3, 0x4240;
         and.b32 low, bytes, 0xff7fff7f;
         and.b32 high, bytes, 0xff80ff80;
         sub.bf16x2 $0, low, high;
-        prmt.b32 bytes, $2, 0x43, 0x4341;
+        prmt.b32 bytes, $2, $3, 0x4341;
         and.b32 low, bytes, 0xff7fff7f;
         and.b32 high, bytes, 0xff80ff80;
         sub.bf16x2 $1, low, high;
@@ -257,10 +258,11 @@ def both_pairs(words: Int32[Array, "64 32"], dtype: DTypeLike, is_interpreted: b
         layout, word = plgpu.Layout.WGMMA.to_mgpu(), ir.IntegerType.get_signless(32)
         element = ir.F16Type.get() if conversion.dtype == jnp.float16 else ir.BF16Type.get()
         pairs = [np.empty(layout.registers_shape(shape), object) for _ in (0, 1)]
+        opaque = arith.addi(nvvm.read_ptx_sreg_nctaid_z(), _i32(0x42))
         for i, register in enumerate(array.registers.flat):
             kind = llvm.StructType.get_literal([word, word])
             bits = mosaic.utils.bitcast(register, word)
-            both = llvm.inline_asm(kind, [bits], f"{{{conversion.code}}}", "=r,=r,r")
+            both = llvm.inline_asm(kind, [bits, opaque], f"{{{conversion.code}}}", "=r,=r,r,r")
             for which, pair in enumerate(pairs):
                 half = llvm.extractvalue(word, both, [which])
                 pair.flat[i] = mosaic.utils.bitcast(half, ir.VectorType.get((2,), element))

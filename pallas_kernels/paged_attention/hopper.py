@@ -25,6 +25,7 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 MAX_GROUPS = 64  # query heads of one KV head: wgmma's N in a decode step, and rows of one tile in prefill
 MIN_SCALED_PAGE = 32  # a copy of scales brings at least 128 bytes
 SHARED_BYTES = 232448  # of one CTA, and with 1 KB for each CTA of one SM
+REGISTERS = 65536  # of one SM
 
 
 def unsupported(problem: PagedAttentionProblem) -> str | None:
@@ -170,7 +171,10 @@ class _Step:
     def _decode_case(self, sizes: Mapping[str, int], num_groups: int, split: Split) -> Decode:
         is_interpreted = not sizes.get("weights_in_registers", 1)
         case = Decode(**self._case(sizes), head_dim=self.q.shape[2], split=split, is_interpreted=is_interpreted)
-        resident = SHARED_BYTES // (case.shared_bytes(num_groups) + 1024)
+        resident = min(
+            SHARED_BYTES // (case.shared_bytes(num_groups) + 1024),
+            REGISTERS // max(case.registers(num_groups) * 128, 1),
+        )
         return dataclasses.replace(case, num_ctas=sizes["sms"] * min(sizes["ctas_per_sm"], max(resident, 1)))
 
     def _prefill_case(self, sizes: Mapping[str, int], num_groups: int) -> Prefill:

@@ -71,6 +71,8 @@ from .hopper_tiles import (
 )
 from .hopper_work import BLOCK_KEYS, Case, Keys, Place, Split, item_of
 
+_REDUCTION_BYTES = 2048  # that Pallas takes for reductions over rows
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode(Case):
@@ -98,8 +100,17 @@ class Decode(Case):
         """What a CTA takes of an SM's shared memory, but for barriers."""
         block, math_bytes = 2 * BLOCK_KEYS * self.head_dim, self.math_dtype.itemsize
         pages = self.stages * block * jnp.dtype(self.cache_dtype).itemsize
+        scales = self.stages * 2 * BLOCK_KEYS * 4 if self.has_scales else 0
         tiles = num_groups * (2 * self.head_dim + BLOCK_KEYS) * math_bytes
-        return int(pages + tiles + (block * math_bytes if self.is_widened and not self.in_registers else 0))
+        wide = block * math_bytes if self.is_widened and not self.in_registers else 0
+        return int(pages + scales + tiles + wide + _REDUCTION_BYTES)
+
+    def registers(self, num_groups: int) -> int:
+        """What a thread takes at most with operands in registers, as compiled for G up to 16; 0: memory says more."""
+        if not self.in_registers:
+            return 0
+        scales_of_items = 8 * (self.has_scales and self.split.most > 1)
+        return min(32 + self.head_dim // 2 + num_groups * (2 + self.head_dim // 64) + scales_of_items, 255)
 
 
 def decode(
@@ -394,24 +405,23 @@ class _RegisterBlock(_Block):
     """A block whose 8-bit keys and values become operands in registers, 128 of a head at a time."""
 
     def products(self) -> tuple[jax.Array, list[Any]]:
-        """As above; values are in registers from here on."""
+        """As above; values are in registers from here on, and not before: four CTAs leave a thread 128 of them."""
         keys = [words_of(self._stored(0, i), self.case.is_interpreted) for i in self._parts]
-        values = [transposed_words_of(self._stored(1, i), self.case.is_interpreted) for i in self._parts]
         q = [self.scratch["q_tile"].at[:, pl.ds(start, 64)] for start in range(0, self.case.head_dim, 64)]
         factors = ((self._factor(i, key), q[i].transpose((1, 0))) for i, key in enumerate(self._operands(keys)))
-        sums, operands = products(self.shape, [factors], lambda: list(self._operands(self._visible(values))))
+
+        def values() -> list[jax.Array]:
+            words = [transposed_words_of(self._stored(1, i), self.case.is_interpreted) for i in self._parts]
+            return list(self._operands(self._visible(words)))
+
+        sums, operands = products(self.shape, [factors], 1, values)
         return sums[0], operands
 
     def mixed(self, values: list[Any], refill: Callable[[], None]) -> list[jax.Array]:
         """As above, waited for together, and while they are refilled."""
         weights = self.scratch["weights"].transpose((1, 0))
-        factors = [[(self._factor(i, value), weights)] for i, value in enumerate(values)]
-
-        def meanwhile() -> list[Any]:
-            refill()
-            return []
-
-        return products(self.shape, factors, meanwhile)[0]
+        factors = ([(self._factor(i, value), weights)] for i, value in enumerate(values))
+        return products(self.shape, factors, len(values), refill)[0]
 
     @property
     def _parts(self) -> range:

@@ -65,22 +65,19 @@ def product(shape: tuple[int, int], left: Any, right: Any, meanwhile: Callable[[
 
 
 def products(
-    shape: tuple[int, int],
-    factors: Iterable[Iterable[tuple[Any, Any]]],
-    meanwhile: Callable[[], list[Any]] = list,
-) -> tuple[list[jax.Array], list[Any]]:
-    """For each of `factors` the sum of its left @ right in float32, waited for at once; and what `meanwhile` made."""
-    factors = list(factors)
+    shape: tuple[int, int], factors: Iterable[Iterable[tuple[Any, Any]]], count: int, meanwhile: Callable[[], Any]
+) -> tuple[list[jax.Array], Any]:
+    """For each of `count` factors the sum of left @ right in float32, waited for at once; and what `meanwhile` made."""
 
-    def run(*sums: Any) -> tuple[list[jax.Array], list[Any]]:
+    def run(*sums: Any) -> tuple[list[jax.Array], Any]:
         for one, pairs in zip(sums, factors, strict=True):
             for left, right in pairs:
                 plgpu.wgmma(one, left, right)
         made = meanwhile()
         return [one[...] for one in sums], made
 
-    accumulators = [plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for _ in factors]
-    results: tuple[list[jax.Array], list[Any]] = pl.run_scoped(run, *accumulators)
+    accumulators = [plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for _ in range(count)]
+    results: tuple[list[jax.Array], Any] = pl.run_scoped(run, *accumulators)
     return results
 
 
