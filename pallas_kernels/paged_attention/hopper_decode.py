@@ -247,9 +247,9 @@ class _Unit:
         """The pages of block i."""
         return read_pages(self.arrays[2], self.slot, self._first_of(i), self.end, self.case.units)
 
-    def fetch(self, i: Any, pages: list[jax.Array]) -> None:
-        """Start copying block i into the ring."""
-        (values, scales, _), size, stage = self.arrays, self.case.units.keys, lax.rem(jnp.int32(i), self.case.stages)
+    def fetch(self, i: Any, pages: list[jax.Array], stage: Any) -> None:
+        """Start copying block i into its stage of the ring."""
+        (values, scales, _), size = self.arrays, self.case.units.keys
         here, sources = self.scratch["here"].at[stage], source_keys(self._first_of(i), self.end, self.case.units)
         for j, (page, source) in enumerate(zip(pages, sources, strict=True)):
             target = pl.ds(j * size, size)
@@ -281,7 +281,7 @@ def _attend(unit: _Unit) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
 
         @pl.when(i < num_blocks)
         def _(i: int = i) -> None:
-            unit.fetch(i, unit.pages(i))
+            unit.fetch(i, unit.pages(i), i)
 
     plgpu.barrier_wait(scratch["q_here"])
     # A block's room is free once the next block's weights were committed, or, where it was widened, its own.
@@ -299,8 +299,9 @@ def _attend(unit: _Unit) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
         plgpu.commit_smem()
 
         def refill() -> None:
-            is_wanted = (i >= lag) & (i - lag + case.stages < num_blocks)
-            pl.when(is_wanted)(lambda: unit.fetch(i - lag + case.stages, pages))
+            done = i - lag
+            is_wanted = (done >= 0) & (done + case.stages < num_blocks)
+            pl.when(is_wanted)(lambda: unit.fetch(done + case.stages, pages, lax.rem(done, case.stages)))
 
         mixed = [old * decay + tile for old, tile in zip(mixed, block.mixed(values, refill), strict=True)]
         return new_peak, total * decay + weights, mixed, following

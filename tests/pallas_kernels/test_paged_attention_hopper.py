@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from millrace.pallas_kernels import hopper_operands
 from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.pallas_kernels.paged_attention import (
     KvCache,
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mat
 H200 = "NVIDIA H200"
 LAYERS, LAYER = 2, 1
 # One persistent CTA for each of two SMs, so that units follow each other in one; interpret mode has no operands in
-# registers, so the weights go through shared memory.
+# registers, so the weights, and 8-bit keys and values, go through shared memory.
 SMALL = {"sms": 2, "ctas_per_sm": 1, "weights_in_registers": 0}
 SPLIT = {**SMALL, "num_items": 64, "max_splits": 3, "min_blocks": 1, "max_blocks": 1}
 # (queries, keys): empty, one key, a page's and a block's edge and one past it, several blocks.
@@ -185,6 +186,36 @@ def test_8_bit_caches_of_every_head_follow_the_reference(head_dim: int, cache_dt
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "int8"])
+def test_8_bit_operands_in_registers_follow_the_reference_with_a_window_a_cap_and_sinks(cache_dtype: str) -> None:
+    """Two parts of a head, NaN past each slot's last key, slots without keys; split and not."""
+    shape = Shape(heads=(9, 3), head_dim=256, page=64, cache_dtype=cache_dtype)
+    spec = make_spec(shape, window=100, soft_cap=2.0, one_query_per_slot=True)
+    case = make_case([(1, keys) for keys in (1, 0, 65, 130)], shape)
+    check(case, spec, has_sinks=True)
+    check(case, spec, {**SPLIT, "max_splits": 9}, has_sinks=True)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("change", [SMALL, SPLIT])
+def test_slots_without_keys_are_zeros(change: dict[str, int]) -> None:
+    """Whatever their memory held: nothing but the kernel writes them."""
+    shape = Shape(head_dim=128, page=32, cache_dtype="float8_e4m3fn")
+    case = make_case([(1, 0), (1, 70), (1, 0)], shape)
+    answer = case.run(make_spec(shape, one_query_per_slot=True), change)
+    assert not answer[[0, 2]].any() and np.isfinite(answer[1]).all()
+
+
+@pytest.mark.kernels
+def test_float16_queries_over_an_int8_cache_follow_the_reference() -> None:
+    """Their operands are not made in registers, which int8 becomes bfloat16 in."""
+    shape = Shape(head_dim=128, page=32, cache_dtype="int8")
+    case = make_case([(1, 70), (1, 3)], shape)
+    case = dataclasses.replace(case, q=case.q.astype(jnp.float16))
+    check(case, make_spec(shape, one_query_per_slot=True))
+
+
+@pytest.mark.kernels
 def test_a_slot_is_bit_identical_whatever_its_neighbours_are() -> None:
     shape = Shape()
     case, spec = make_case(LARGE_DECODE, shape), make_spec(shape, one_query_per_slot=True)
@@ -298,6 +329,21 @@ def test_tiles_cover_every_query_of_every_chunk_once(tile_queries: int, window: 
                 assert first == (0 if window is None else max(position - window + 1, 0) // 16)
 
     hold()
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
+def test_operands_and_transposed_operands_are_what_words_hold(dtype: str) -> None:
+    """The twins of inline Mosaic: pairs are the columns 2 and 2 apart; transposed, every other column."""
+    stored = jnp.asarray(np.random.default_rng(3).integers(-120, 120, (64, 128)), jnp.int8)
+    stored = stored if dtype == "int8" else stored.astype(jnp.float32).astype(dtype)
+    plain, values = hopper_operands.words_of(stored, True), np.float32(stored)
+    transposed = hopper_operands.transposed_words_of(stored, True)
+    even, odd = (np.float32(x) for x in hopper_operands.both_pairs(plain, stored.dtype, True))
+    ordered = np.concatenate([even, odd], axis=1)
+    np.testing.assert_array_equal(ordered, np.float32(hopper_operands.in_order_of_pairs(jnp.asarray(values), 2)))
+    tiles = hopper_operands.both_pairs(transposed, stored.dtype, True)
+    np.testing.assert_array_equal(np.float32(tiles[0]), values.T[::2])
+    np.testing.assert_array_equal(np.float32(hopper_operands.joined(*tiles, True)), values.T)
 
 
 def test_few_slots_are_split_and_many_are_not_until_they_are_long() -> None:
