@@ -109,6 +109,12 @@ def in_order_of_pairs(x: Shaped[Array, "rows in"], pairs: int) -> Shaped[Array, 
     return x.reshape(rows, -1, WORDS, 2, pairs).transpose(0, 1, 4, 2, 3).reshape(x.shape)
 
 
+def in_order_of_neighbours(x: Shaped[Array, "rows in"]) -> Shaped[Array, "rows in"]:
+    """The same for operands of neighbouring bytes."""
+    rows = x.shape[0]
+    return x.reshape(rows, -1, WORDS, 2, 2).transpose(0, 1, 3, 2, 4).reshape(x.shape)
+
+
 def operand(
     words: Int32[Array, "64 32"], pair: int, storage: str, scales: Any, offsets: Any, *, is_interpreted: bool
 ) -> BFloat16[Array, "64 64"]:
@@ -203,39 +209,47 @@ def _ldmatrix_transposed(address: Any) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Conversion:
-    """How a word of an 8-bit dtype becomes its two pairs at once, in fewer instructions than a Decoder's."""
+    """How a word of an 8-bit dtype becomes its two pairs at once, in fewer instructions than a Decoder's.
+
+    PTX, of $2 to $0 and $1: bytes 0 and 2, and 1 and 3, of `apart`, 0 and 1, and 2 and 3, of `neighbours`. $3 is 0x43.
+    """
 
     dtype: Any  # of the operands
-    code: str  # PTX, of $2 to $0 and $1; $3 is 0x43
+    apart: str
+    neighbours: str
 
 
+_FROM_FLOAT8 = """
+    .reg .b32 sorted;
+    .reg .b16 first, second;
+    {sort}
+    mov.b32 {{first, second}}, sorted;
+    cvt.rn.f16x2.e4m3x2 $0, first;
+    cvt.rn.f16x2.e4m3x2 $1, second;
+"""
+# As above: a byte below 0x43 is 128 and more in bfloat16, and 256 and more where its sign bit is set. One of prmt's two
+# constants must be a register, which ptxas fills each time anew if it knows the number.
+_FROM_INT8 = """
+    .reg .b32 bytes, low, high;
+    prmt.b32 bytes, $2, $3, {first};
+    and.b32 low, bytes, 0xff7fff7f;
+    and.b32 high, bytes, 0xff80ff80;
+    sub.bf16x2 $0, low, high;
+    prmt.b32 bytes, $2, $3, {second};
+    and.b32 low, bytes, 0xff7fff7f;
+    and.b32 high, bytes, 0xff80ff80;
+    sub.bf16x2 $1, low, high;
+"""
 _CONVERSIONS = {
     "float8_e4m3fn": _Conversion(
         jnp.float16,
-        """
-        .reg .b32 sorted;
-        .reg .b16 even, odd;
-        prmt.b32 sorted, $2, 0, 0x3120;
-        mov.b32 {even, odd}, sorted;
-        cvt.rn.f16x2.e4m3x2 $0, even;
-        cvt.rn.f16x2.e4m3x2 $1, odd;
-        """,
+        apart=_FROM_FLOAT8.format(sort="prmt.b32 sorted, $2, 0, 0x3120;"),
+        neighbours=_FROM_FLOAT8.format(sort="mov.b32 sorted, $2;"),
     ),
-    # As above: a byte below 0x43 is 128 and more in bfloat16, and 256 and more where its sign bit is set. One of prmt's
-    # two constants must be a register, which ptxas fills each time anew if it knows the number.
     "int8": _Conversion(
         jnp.bfloat16,
-        """
-        .reg .b32 bytes, low, high;
-        prmt.b32 bytes, $2, $3, 0x4240;
-        and.b32 low, bytes, 0xff7fff7f;
-        and.b32 high, bytes, 0xff80ff80;
-        sub.bf16x2 $0, low, high;
-        prmt.b32 bytes, $2, $3, 0x4341;
-        and.b32 low, bytes, 0xff7fff7f;
-        and.b32 high, bytes, 0xff80ff80;
-        sub.bf16x2 $1, low, high;
-        """,
+        apart=_FROM_INT8.format(first="0x4240", second="0x4341"),
+        neighbours=_FROM_INT8.format(first="0x4140", second="0x4342"),
     ),
 }
 
@@ -245,12 +259,16 @@ def converted_dtype(dtype: DTypeLike) -> Any:
     return jnp.dtype(_CONVERSIONS[jnp.dtype(dtype).name].dtype)
 
 
-def both_pairs(words: Int32[Array, "64 32"], dtype: DTypeLike, is_interpreted: bool) -> tuple[jax.Array, ...]:
-    """Both operands [64, 64] of words of an 8-bit dtype."""
+def both_pairs(
+    words: Int32[Array, "64 32"], dtype: DTypeLike, is_interpreted: bool, *, are_neighbours: bool = False
+) -> tuple[jax.Array, ...]:
+    """Both operands [64, 64] of words of an 8-bit dtype, of pairs as in `operand` or of neighbouring bytes."""
     conversion, shape = _CONVERSIONS[jnp.dtype(dtype).name], (ROWS, 2 * WORDS)
+    code = conversion.neighbours if are_neighbours else conversion.apart
     if is_interpreted:
         values = lax.bitcast_convert_type(words, jnp.dtype(dtype)).astype(conversion.dtype)
-        return tuple(values[..., pair::2].reshape(shape) for pair in (0, 1))
+        order = (slice(0, 2), slice(2, 4)) if are_neighbours else (slice(0, None, 2), slice(1, None, 2))
+        return tuple(values[..., pair].reshape(shape) for pair in order)
     result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(conversion.dtype), layout=plgpu.Layout.WGMMA)
 
     @plgpu.inline_mgpu(arg_types=(WORD_LAYOUT,), return_type=(result, result))  # type: ignore[untyped-decorator]
@@ -262,7 +280,7 @@ def both_pairs(words: Int32[Array, "64 32"], dtype: DTypeLike, is_interpreted: b
         for i, register in enumerate(array.registers.flat):
             kind = llvm.StructType.get_literal([word, word])
             bits = mosaic.utils.bitcast(register, word)
-            both = llvm.inline_asm(kind, [bits, opaque], f"{{{conversion.code}}}", "=r,=r,r,r")
+            both = llvm.inline_asm(kind, [bits, opaque], f"{{{code}}}", "=r,=r,r,r")
             for which, pair in enumerate(pairs):
                 half = llvm.extractvalue(word, both, [which])
                 pair.flat[i] = mosaic.utils.bitcast(half, ir.VectorType.get((2,), element))

@@ -11,9 +11,10 @@ Reading the pages bounds it: 36 KB must arrive per SM and microsecond on an H200
 8-bit pages are widened, to float16 (e4m3) or to the queries' dtype (int8, whose scales multiply scores and weights). K
 and V^T both being M, which may be registers, heads of 128 and 256 are widened there (hopper_operands): `ldmatrix`
 brings words of K, transposed those of V, and each becomes two pairs by two conversions. So 16 KB of a block are written
-and read once, and some 330 instructions of a warp (e4m3) are left, of which its SM has time for 900. What heads have
-pairs of takes the query in the same order, and gives sums of even and of odd places of the head (`joined`). Other heads
-are widened through shared memory, three times the bytes.
+and read once, and some 330 instructions of a warp (e4m3) are left, of which its SM has time for 900. K's
+columns are in an order of their own, in which XLA lays out the query (`in_order_of_neighbours`), and the sums come in
+tiles of even and of odd places of the head (`joined`). Other heads are widened through shared memory, three times the
+bytes.
 
 Operands under a wgmma: each product is waited for before its result is used, so only other warps' shares can be in
 flight. A stage is refilled after the `commit_smem` of the next block (widened: of the same one), a barrier of the
@@ -43,7 +44,7 @@ from ..hopper_operands import (
     WORDS,
     both_pairs,
     converted_dtype,
-    in_order_of_pairs,
+    in_order_of_neighbours,
     through_memory,
     transposed_words_of,
     words_of,
@@ -127,7 +128,7 @@ def decode(
     num_items = num_slots * case.split.most if case.split.most > 1 else 1
     wide_q = q.astype(case.math_dtype)
     if case.in_registers:
-        wide_q = in_order_of_pairs(wide_q.reshape(-1, head_dim), 2).reshape(q.shape)
+        wide_q = in_order_of_neighbours(wide_q.reshape(-1, head_dim)).reshape(q.shape)
     arguments = [wide_q, keys.cache.values, *keys[1:], rows]
     if keys.cache.scales is not None:
         arguments.append(keys.cache.scales)
@@ -409,11 +410,11 @@ class _RegisterBlock(_Block):
         """As above; values are in registers from here on, and not before: four CTAs leave a thread 128 of them."""
         keys = [words_of(self._stored(0, i), self.case.is_interpreted) for i in self._parts]
         q = [self.scratch["q_tile"].at[:, pl.ds(start, 64)] for start in range(0, self.case.head_dim, 64)]
-        factors = ((self._factor(i, key), q[i].transpose((1, 0))) for i, key in enumerate(self._operands(keys)))
+        factors = ((self._factor(i, key), q[i].transpose((1, 0))) for i, key in enumerate(self._operands(keys, True)))
 
         def values() -> list[jax.Array]:
             words = [transposed_words_of(self._stored(1, i), self.case.is_interpreted) for i in self._parts]
-            return list(self._operands(self._visible(words)))
+            return list(self._operands(self._visible(words), False))
 
         sums, operands = products(self.shape, [factors], 1, values)
         return sums[0], operands
@@ -431,10 +432,10 @@ class _RegisterBlock(_Block):
     def _stored(self, which: int, start: int) -> Any:
         return self.scratch["pages"].at[self.stage, which, :, pl.ds(start, BYTES)]
 
-    def _operands(self, parts: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    def _operands(self, parts: Iterable[jax.Array], are_neighbours: bool) -> Iterator[jax.Array]:
         """Two operands [64, 64] of each part's words."""
         for words in parts:
-            yield from both_pairs(words, self.case.cache_dtype, self.case.is_interpreted)
+            yield from both_pairs(words, self.case.cache_dtype, self.case.is_interpreted, are_neighbours=are_neighbours)
 
     def _factor(self, i: int, operand: jax.Array) -> Any:
         """Operand i of a product as wgmma takes it."""

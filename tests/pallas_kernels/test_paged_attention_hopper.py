@@ -333,14 +333,17 @@ def test_tiles_cover_every_query_of_every_chunk_once(tile_queries: int, window: 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "int8"])
 def test_operands_and_transposed_operands_are_what_words_hold(dtype: str) -> None:
-    """The twins of inline Mosaic: pairs are the columns 2 and 2 apart; transposed, every other column."""
+    """The twins of inline Mosaic: columns in the orders of the other side; transposed, every other column."""
     stored = jnp.asarray(np.random.default_rng(3).integers(-120, 120, (64, 128)), jnp.int8)
     stored = stored if dtype == "int8" else stored.astype(jnp.float32).astype(dtype)
     plain, values = hopper_operands.words_of(stored, True), np.float32(stored)
     transposed = hopper_operands.transposed_words_of(stored, True)
-    even, odd = (np.float32(x) for x in hopper_operands.both_pairs(plain, stored.dtype, True))
-    ordered = np.concatenate([even, odd], axis=1)
-    np.testing.assert_array_equal(ordered, np.float32(hopper_operands.in_order_of_pairs(jnp.asarray(values), 2)))
+    for are_neighbours, other in (
+        (False, hopper_operands.in_order_of_pairs(jnp.asarray(values), 2)),
+        (True, hopper_operands.in_order_of_neighbours(jnp.asarray(values))),
+    ):
+        pairs = hopper_operands.both_pairs(plain, stored.dtype, True, are_neighbours=are_neighbours)
+        np.testing.assert_array_equal(np.concatenate([np.float32(pair) for pair in pairs], axis=1), np.float32(other))
     tiles = hopper_operands.both_pairs(transposed, stored.dtype, True)
     np.testing.assert_array_equal(np.float32(tiles[0]), values.T[::2])
     np.testing.assert_array_equal(np.float32(hopper_operands.joined(*tiles, True)), values.T)
