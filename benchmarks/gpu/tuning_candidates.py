@@ -51,6 +51,15 @@ _GRIDS: Mapping[str, tuple[str, Sequence[Mapping[str, Sequence[int]]]]] = {
         {"stages": [3], "cluster": [1, 2]}, {"stages": [2], "n_slots": [7], "cluster": [2]},
         {"warpgroups": [1], "stages": [2], "n_slots": [4], "cluster": [1, 2], "blocks": [264]},
     ]),
+    "decode float8_e4m3fn 256 x 2k": ("decode_float8_e4m3fn_128", [
+        {"stages": [2], "ctas_per_sm": [3, 4]}, {"stages": [3, 4], "ctas_per_sm": [3]},
+    ]),
+    "decode float8_e4m3fn 4 x 64k": ("decode_float8_e4m3fn_128", [
+        {"max_splits": [16, 32]}, {"stages": [2], "max_splits": [16, 32, 64]},
+        {"stages": [4], "ctas_per_sm": [3], "max_splits": [12, 24, 64]},
+    ]),
+    "decode int8 256 x 2k": ("decode_int8_128", [{"stages": [2, 4], "ctas_per_sm": [3]}]),
+    "decode int8 4 x 64k": ("decode_int8_128", [{"stages": [2, 4], "ctas_per_sm": [3], "max_splits": [12, 24, 64]}]),
 }  # fmt: skip
 
 

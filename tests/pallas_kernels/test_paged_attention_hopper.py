@@ -251,22 +251,27 @@ def test_what_it_cannot_serve_is_named(change: dict[str, Any], reason: str) -> N
     assert reason in str(hopper.unsupported(dataclasses.replace(PROBLEM, **change)))
 
 
-@pytest.mark.parametrize("one_query_per_slot", [True, False])
-def test_a_hopper_chip_gets_these_kernels(one_query_per_slot: bool) -> None:
+@pytest.mark.parametrize(
+    ("one_query_per_slot", "cache_dtype"),
+    [(True, "bfloat16"), (False, "bfloat16"), (True, "float8_e4m3fn"), (True, "int8")],
+)
+def test_a_hopper_chip_gets_these_kernels(one_query_per_slot: bool, cache_dtype: str) -> None:
     """Lowered for it on a machine without one, with the sizes that are tuned for it."""
     kernels = KernelChoices("gpu", device_kind=H200)
     device = AbstractDevice(device_kind=H200, num_cores=132, platform="gpu")
     spec = PagedAttentionSpec(scale=0.1, one_query_per_slot=one_query_per_slot)
 
-    def attend(q: jax.Array, values: jax.Array, batch: PagedBatch) -> jax.Array:
-        return paged_attention(q, KvCache(values, None), jnp.int32(1), batch, spec=spec, kernels=kernels)
+    def attend(q: jax.Array, cache: KvCache[jax.Array], batch: PagedBatch) -> jax.Array:
+        return paged_attention(q, cache, jnp.int32(1), batch, spec=spec, kernels=kernels)
 
     def of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     batch = PagedBatch(of(jnp.int32, 8, 4), of(jnp.int32, 9), of(jnp.int32, 8))
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        traced = jax.jit(attend).trace(of(jnp.bfloat16, 8, 64, 128), of(jnp.bfloat16, 2, 9, 2, 8, 64, 128), batch)
+        scales = of(jnp.float32, 2, 9, 2, 8, 64) if cache_dtype == "int8" else None
+        cache = KvCache(of(jnp.dtype(cache_dtype), 2, 9, 2, 8, 64, 128), scales)
+        traced = jax.jit(attend).trace(of(jnp.bfloat16, 8, 64, 128), cache, batch)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert kernels.made == (("paged_attention", "hopper"),)
 
