@@ -59,7 +59,9 @@ _GRIDS: Mapping[str, tuple[str, Sequence[Mapping[str, Sequence[int]]]]] = {
         {"stages": [4], "ctas_per_sm": [3], "max_splits": [12, 24, 64]},
     ]),
     "decode int8 256 x 2k": ("decode_int8_128", [{"stages": [2, 4], "ctas_per_sm": [3]}]),
-    "decode int8 4 x 64k": ("decode_int8_128", [{"stages": [2, 4], "ctas_per_sm": [3], "max_splits": [12, 24, 64]}]),
+    "decode int8 4 x 64k": ("decode_int8_128", [
+        {"max_splits": [16, 32]}, {"stages": [2, 4], "ctas_per_sm": [3], "max_splits": [12, 64]},
+    ]),
 }  # fmt: skip
 
 
