@@ -35,7 +35,17 @@ from jaxtyping import Array, BFloat16, Int32
 
 from ..mosaic import swizzled
 from .contract import QuantizedWeight, Storage, WeightFormat
-from .hopper_decode import ROWS, decoder, in_order_of_pairs, offsets_of, operand, scales_of, words_of
+from .hopper_decode import (
+    COLUMNS,
+    ROWS,
+    decoder,
+    in_order_of_pairs,
+    missing_power,
+    offsets_of,
+    operand,
+    scales_of,
+    words_of,
+)
 from .hopper_tiles import (
     GroupTiles,
     Parts,
@@ -166,7 +176,7 @@ def _scratch(
         scratch["channel_smem"] = plgpu.SMEM((tile.block_m,), jnp.float32)
         scratch["channel_barriers"] = (full_barrier(1, 1), free_barrier(tile, 1))
     if is_interpreted:
-        scratch["operand_smem"] = swizzled((tile.warpgroups, ROWS, 64), jnp.bfloat16)
+        scratch["operand_smem"] = swizzled((tile.warpgroups, ROWS, COLUMNS), jnp.bfloat16)
     return scratch
 
 
@@ -224,6 +234,8 @@ def _body(
             if is_interpreted:
                 mine["operand"] = scratch["operand_smem"].at[wg]
             sums = _sums(mine, rings, turn * tiles.steps, tiles=tiles, groups=groups, storage=storage)
+            if power := missing_power(storage, has_scales=groups is not None, has_zeros=_has_zeros(groups)):
+                sums = sums * jnp.float32(2.0**power)
             if rings.channel:
                 rings.channel.to_read(turn)
                 sums = sums * along_columns(scratch["channel_smem"][rows], sums.shape)
@@ -304,7 +316,7 @@ def _sums(
             part, of_part = divmod(pair, pairs // tile.pieces)
             x_use = use * tile.pieces + part
             slot = rings.x.to_read(x_use) if of_part == 0 else rings.x.slot(x_use)
-            columns = smem["x"].at[slot, :, pl.ds(64 * of_part, 64)].transpose((1, 0))
+            columns = smem["x"].at[slot, :, pl.ds(COLUMNS * of_part, COLUMNS)].transpose((1, 0))
             plgpu.wgmma(sums, _through_memory(following, smem.get("operand")), columns)
             if pair + 1 < pairs:
                 following = decode(pair + 1, is_interpreted=is_interpreted)
@@ -329,10 +341,15 @@ def _of_groups(
     """A stage's scales, and offsets where there are zero points."""
     first = lax.rem(step, groups.stages) * groups.of_stage
     is_interpreted = "operand" in smem
-    place: dict[str, Any] = {"first": first, "count": groups.of_stage, "is_interpreted": is_interpreted}
+    place: dict[str, Any] = {"first": first, "count": groups.of_stage, "storage": storage}
+    place |= {"is_interpreted": is_interpreted}
     scales = scales_of(smem["scales"].at[slot], **place, kind=groups.kind)
-    offsets = offsets_of(smem["zeros"].at[slot], **place, storage=storage) if groups.has_zeros else None
+    offsets = offsets_of(smem["zeros"].at[slot], **place) if groups.has_zeros else None
     return scales, offsets
+
+
+def _has_zeros(groups: Groups | None) -> bool:
+    return groups is not None and groups.has_zeros
 
 
 def _through_memory(values: jax.Array, smem: Any) -> Any:

@@ -2,16 +2,21 @@
 
 Values are never moved between threads. A word is 4 neighbouring bytes of a row of weights: 8 values of 4 bits or 4 of
 8. `ldmatrix` hands words to threads as wgmma's 8-bit layout wants them, and that is where its 16-bit layout wants
-pairs. So pair i of every word, its values i and i + pairs, becomes an operand of its own, [64 rows, 64 inputs] from 32
-words, by shifts, masks and one or two multiplications; its columns are inputs in an order of their own, in which
-activations are laid out beforehand (`in_order_of_pairs`). One `lop3` masks and places two values at once.
+pairs. So pair i of 4 words, their values i and i + pairs, is 8 columns of an operand [64 rows, 64 inputs], by a shift,
+a mask and one multiplication and addition; within 4 words columns are inputs in an order of their own, in which
+activations are laid out beforehand (`in_order_of_pairs`). An operand's inputs are neighbours, and so few groups' own.
 
-What cannot be said in jnp is inline Mosaic: views of registers (`words_of`, `pairs_of`) and scales spread over columns
-(`_spread`). Each has a twin in jnp for interpret mode, which runs everything else as it is.
+Instructions bound what decodes. Values of 4 bits stay where they are in the low byte of a half word, where bfloat16
+counts in units of 2**-133: one shift and 4 masks for 8 values, and for two of them one `fma.bf16x2` with the scale,
+2**96 of that power in it, and -8 scales (an exact bfloat16, so that nothing is rounded but the result). What is then
+missing of the power comes into the float32 sums (`missing_power`).
+
+What cannot be said in jnp is inline Mosaic: views of registers (`words_of`, `_pairs_in_order`) and scales spread over
+columns (`_spread`). Each has a twin in jnp for interpret mode, which runs everything else as it is.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -22,13 +27,17 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mosaic
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, memref, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, vector
 from jaxtyping import Array, BFloat16, Int32, Shaped
 
-from .contract import Storage
+from .contract import UINT4_OFFSET, Storage
 
 ROWS = 64  # of an operand
+COLUMNS = 64  # of an operand
 WORDS = 32  # of a row of a stage: the widest swizzle
+_WORDS_OF_TILE = 4  # in 8 columns, one in each quarter of them
+_MOST_POWER = 127  # of two in bfloat16
+_FOLDED_POWER = 96  # into a scale: scales up to 2**31 stay finite, products of those down to 2**-89 normal
 _WORD_LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
 )
@@ -39,16 +48,20 @@ class Decoder:
     """How one storage's words become pairs of bfloat16."""
 
     pairs: int  # in a word
-    minuend: Callable[[Any, int], Any]  # words, pair -> what stands for a pair's values, as bits
+    bits: Callable[[Any, int], Any]  # words, pair -> words whose halves are its values, but for a power of two
     subtrahend: Callable[[Any, int], Any] | None = None  # likewise, to subtract
-    power: int = 0  # of two, that the difference still lacks
+    power: int = 0  # of two, that the bits lack
+    odd_power: int = 0  # of two, that those of odd pairs have of it
     offset: int = 0  # of every value
-    offset_bits: int = 0  # that make a zero point of 0..15 an offset
 
     @property
     def inputs(self) -> int:
         """Of a stage."""
         return WORDS * self.pairs * 2
+
+    def power_in_operand(self, *, has_scales: bool, has_zeros: bool) -> int:
+        """What an operand makes up for of `power`, be it with its scales."""
+        return min(self.power, _FOLDED_POWER if has_scales and not has_zeros else _MOST_POWER)
 
 
 def _shifted(words: Any, right: int) -> Any:
@@ -74,10 +87,13 @@ def _float(words: Any, *, sign_at: int, at: int, to: int, size: int) -> Any:
     return lax.bitwise_or(_masked(_shifted(words, sign_at - 15), 0x8000), _masked(_shifted(words, at - to), mask))
 
 
-# 0x4300 is 128 in bfloat16, whose last place is 1: 7 low bits count upwards from there.
 _DECODERS: dict[Storage, Decoder] = {
-    "uint4": Decoder(4, lambda w, i: _masked(_shifted(w, 4 * i), 0xF, 0x4300), offset=136, offset_bits=0x4300),
-    # The sign bit of an int8 is the lowest of the exponent, which turns 128 into 256.
+    # The low byte of a bfloat16 counts in units of 2**-133, through the subnormal numbers and the first normal ones.
+    "uint4": Decoder(
+        4, lambda w, i: _masked(_shifted(w, i // 2 * 8), 0xF << i % 2 * 4), power=133, odd_power=4, offset=UINT4_OFFSET
+    ),
+    # 0x4300 is 128 in bfloat16, whose last place is 1: 7 low bits count upwards from there. The sign bit of an int8 is
+    # the lowest of the exponent, which turns 128 into 256.
     "int8": Decoder(
         2,
         lambda w, i: _masked(_shifted(w, 8 * i), 0x7F, 0x4300),
@@ -94,24 +110,46 @@ def decoder(storage: Storage) -> Decoder:
 
 
 def in_order_of_pairs(x: Shaped[Array, "rows in"], pairs: int) -> Shaped[Array, "rows in"]:
-    """Activations with each stage's inputs in the order of the operands' columns."""
-    rows = x.shape[0]
-    return x.reshape(rows, -1, WORDS, 2, pairs).transpose(0, 1, 4, 2, 3).reshape(x.shape)
+    """What each input has, in the order of the operands' columns."""
+    return x.reshape(x.shape[0], -1, _WORDS_OF_TILE, 2, pairs).transpose(0, 1, 4, 2, 3).reshape(x.shape)
+
+
+def missing_power(storage: Storage, *, has_scales: bool, has_zeros: bool) -> int:
+    """Of two, that products of operands lack."""
+    chosen = _DECODERS[storage]
+    return chosen.power - chosen.power_in_operand(has_scales=has_scales, has_zeros=has_zeros)
 
 
 def operand(
-    words: Int32[Array, "64 32"], pair: int, storage: Storage, scales: Any, offsets: Any, *, is_interpreted: bool
+    words: Int32[Array, "64 32"], index: int, storage: Storage, scales: Any, offsets: Any, *, is_interpreted: bool
 ) -> BFloat16[Array, "64 64"]:
-    """Pair `pair` of all words: (value - offset) * scale, rounded to bfloat16; None: no scale, the usual offset."""
+    """A stage's inputs from 64 * index: (value - offset) * scale / 2**missing_power, rounded to bfloat16.
+
+    Of the stage [64, inputs] are `scales_of` and `offsets_of`; None: no scale, the usual offset.
+    """
     chosen = _DECODERS[storage]
-    values = pairs_of(chosen.minuend(words, pair), chosen.power, is_interpreted)
+    mine = _slice(words, index, WORDS // chosen.pairs)
+    scales, offsets = (None if each is None else _slice(each, index, COLUMNS) for each in (scales, offsets))
+    power = chosen.power_in_operand(has_scales=scales is not None, has_zeros=offsets is not None)
+    is_folded = scales is not None and offsets is None and chosen.subtrahend is None
+    if offsets is None and chosen.offset:
+        offset = jnp.bfloat16(-chosen.offset * 2.0 ** (power - chosen.power))
+        offsets = scales * offset if is_folded else jnp.full((ROWS, COLUMNS), offset)
+    powers = [power - chosen.odd_power * (pair % 2) for pair in range(chosen.pairs)]
+    factor = scales if is_folded else None
+
+    def values(bits: Callable[[Any, int], Any]) -> jax.Array:
+        words_of_pairs = [bits(mine, pair) for pair in range(chosen.pairs)]
+        return _pairs_in_order(words_of_pairs, powers, factor, offsets, is_interpreted=is_interpreted)
+
+    whole = values(chosen.bits)
     if chosen.subtrahend is not None:
-        values = values - pairs_of(chosen.subtrahend(words, pair), 0, is_interpreted)
-    if offsets is not None:
-        values = values - offsets
-    elif chosen.offset:
-        values = values - jnp.bfloat16(chosen.offset)
-    return values if scales is None else values * scales
+        whole = whole - values(chosen.subtrahend)
+    return whole if scales is None or is_folded else whole * scales
+
+
+def _slice(numbers: jax.Array, index: int, size: int) -> jax.Array:
+    return lax.slice(numbers, (0, index * size), (ROWS, (index + 1) * size))
 
 
 def words_of(stored: Any, is_interpreted: bool) -> Int32[Array, "64 32"]:
@@ -130,19 +168,58 @@ def words_of(stored: Any, is_interpreted: bool) -> Int32[Array, "64 32"]:
     return cast(jax.Array, view(plgpu.layout_cast(packed, eight_bit)))
 
 
-def pairs_of(bits: Int32[Array, "64 32"], power: int, is_interpreted: bool) -> BFloat16[Array, "64 64"]:
-    """The halves of words as bfloat16, times 2**power."""
+def _pairs_in_order(
+    pairs: Sequence[Int32[Array, "64 words"]],
+    powers: Sequence[int],
+    factor: BFloat16[Array, "64 64"] | None,
+    addend: BFloat16[Array, "64 64"] | None,
+    *,
+    is_interpreted: bool,
+) -> BFloat16[Array, "64 64"]:
+    """The halves of the words of each pair as bfloat16, times 2**power of that pair and the factor, plus the addend.
+
+    It is rounded once, but for the factor's product with the power, which is exact.
+    """
     if is_interpreted:
-        return _pairs_without_subnormals(bits, power)
-    result = plgpu.ShapeDtypeStruct((ROWS, 2 * WORDS), jnp.dtype(jnp.bfloat16), layout=plgpu.Layout.WGMMA)
+        return _pairs_without_subnormals(pairs, powers, factor, addend)
+    given = [each for each in (factor, addend) if each is not None]
+    layouts = [_WORD_LAYOUT] * len(pairs) + [plgpu.Layout.WGMMA] * len(given)
+    result = plgpu.ShapeDtypeStruct((ROWS, COLUMNS), jnp.dtype(jnp.bfloat16), layout=plgpu.Layout.WGMMA)
 
-    @plgpu.inline_mgpu(arg_types=(_WORD_LAYOUT,), return_type=result)  # type: ignore[untyped-decorator]
-    def view(context: Any, array: Any) -> Any:
+    @plgpu.inline_mgpu(arg_types=tuple(layouts), return_type=result)  # type: ignore[untyped-decorator]
+    def arrange(context: Any, *arrays: Any) -> Any:
+        words, columns = arrays[: len(pairs)], [array.registers for array in arrays[len(pairs) :]]
+        factors, addends = columns.pop(0) if factor is not None else None, columns.pop() if columns else None
+        layout = plgpu.Layout.WGMMA.to_mgpu()
+        registers = np.empty(layout.registers_shape((ROWS, COLUMNS)), object)
         kind = ir.VectorType.get((2,), ir.BF16Type.get())
-        return _viewed(array, kind, plgpu.Layout.WGMMA.to_mgpu(), (ROWS, 2 * WORDS), is_signed=None)
+        for at in np.ndindex(registers.shape):
+            tile, pair = divmod(at[1], len(pairs))
+            value = mosaic.utils.bitcast(words[pair].registers[(at[0], tile, *at[2:])], kind)
+            by = _splat(2.0 ** powers[pair], kind) if powers[pair] else None
+            if factors is not None:
+                by = factors[at] if by is None else arith.mulf(factors[at], by)
+            registers[at] = _multiplied_and_added(value, by, None if addends is None else addends[at])
+        return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
-    pairs = cast(jax.Array, view(bits))
-    return pairs * jnp.bfloat16(2.0**power) if power else pairs
+    return cast(jax.Array, arrange(*pairs, *given))
+
+
+def _multiplied_and_added(value: Any, factor: Any, addend: Any) -> Any:
+    """value * factor + addend in one instruction, or what of it there is."""
+    if factor is not None and addend is not None:
+        kind, word = value.type, ir.IntegerType.get_signless(32)
+        given = [mosaic.utils.bitcast(each, word) for each in (value, factor, addend)]
+        # What LLVM makes of arith's or math's goes through float32.
+        sum_ = llvm.inline_asm(word, given, "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r")
+        return mosaic.utils.bitcast(sum_, kind)
+    if factor is not None:
+        return arith.mulf(value, factor)
+    return value if addend is None else arith.addf(value, addend)
+
+
+def _splat(number: float, kind: Any) -> Any:
+    return vector.broadcast(kind, mosaic.c(number, ir.BF16Type.get()))
 
 
 def _viewed(array: Any, kind: Any, layout: Any, shape: tuple[int, int], *, is_signed: bool | None) -> Any:
@@ -154,17 +231,33 @@ def _viewed(array: Any, kind: Any, layout: Any, shape: tuple[int, int], *, is_si
     return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=is_signed)
 
 
-def _pairs_without_subnormals(bits: jax.Array, power: int) -> jax.Array:
-    """The twin of `pairs_of`: XLA on a CPU flushes the subnormals that small floats are before their power of two."""
-    halves = lax.bitcast_convert_type(bits, jnp.uint16).reshape(ROWS, 2 * WORDS).astype(jnp.int32)
+def _pairs_without_subnormals(
+    pairs: Sequence[jax.Array], powers: Sequence[int], factor: jax.Array | None, addend: jax.Array | None
+) -> jax.Array:
+    """The twin of `_pairs_in_order`: XLA on a CPU flushes subnormal numbers, and so the bits have their power first."""
+    values = [_floats(words, power) for words, power in zip(pairs, powers, strict=True)]
+    tiles = jnp.stack([each.reshape(ROWS, -1, 2 * _WORDS_OF_TILE) for each in values], axis=2)
+    whole = tiles.reshape(ROWS, COLUMNS)
+    if factor is not None:
+        whole = whole * factor.astype(jnp.float32)
+    if addend is not None:
+        whole = whole + addend.astype(jnp.float32)
+    return whole.astype(jnp.bfloat16)
+
+
+def _floats(bits: Int32[Array, "64 words"], power: int) -> jax.Array:
+    """The bfloat16 halves of words, times 2**power."""
+    halves = lax.bitcast_convert_type(bits, jnp.uint16).astype(jnp.int32)
     exponent, fraction = (halves >> 7) & 0xFF, halves & 0x7F
     significand = jnp.where(exponent > 0, 128 + fraction, fraction).astype(jnp.float32)
     size = significand * jnp.exp2((jnp.maximum(exponent, 1) - 134 + power).astype(jnp.float32))
-    return jnp.where(halves >> 15 == 1, -size, size).astype(jnp.bfloat16)
+    return jnp.where(halves >> 15 == 1, -size, size)
 
 
-def scales_of(ref: Any, first: Any, count: int, *, kind: str, is_interpreted: bool) -> BFloat16[Array, "64 64"]:
-    """Groups first..first + count of a ref [64, groups], spread over an operand's columns.
+def scales_of(
+    ref: Any, first: Any, count: int, storage: Storage, *, kind: str, is_interpreted: bool
+) -> BFloat16[Array, "64 inputs"]:
+    """Groups first..first + count of a ref [64, groups], those of a stage, spread over its operands' columns.
 
     `kind` is the dtype that the ref's bits stand for: 8-bit floats come as uint8.
     """
@@ -172,40 +265,50 @@ def scales_of(ref: Any, first: Any, count: int, *, kind: str, is_interpreted: bo
         groups = ref[:, pl.ds(first, count)]
         if groups.dtype == jnp.uint8:
             groups = lax.bitcast_convert_type(groups, jnp.dtype(kind))
-        return jnp.repeat(groups.astype(jnp.float32).astype(jnp.bfloat16), 2 * WORDS // count, axis=1)
-    scales = _spread(ref, first, count, kind)
+        return _spread_in_jnp(groups.astype(jnp.float32).astype(jnp.bfloat16), storage)
+    scales = _spread(ref, first, count, storage, kind)
     return scales * jnp.bfloat16(2.0**120) if kind == "float8_e4m3fn" else scales
 
 
-def offsets_of(ref: Any, first: Any, count: int, storage: Storage, *, is_interpreted: bool) -> BFloat16[Array, "64 64"]:
-    """Zero points, uint8 in a ref [64, groups], as what `operand` subtracts."""
+def offsets_of(
+    ref: Any, first: Any, count: int, storage: Storage, *, is_interpreted: bool
+) -> BFloat16[Array, "64 inputs"]:
+    """Zero points, uint8 in a ref [64, groups], as what `operand` adds."""
     if is_interpreted:
-        offsets = (ref[:, pl.ds(first, count)].astype(jnp.int32) + 128).astype(jnp.bfloat16)
-        return jnp.repeat(offsets, 2 * WORDS // count, axis=1)
-    return _spread(ref, first, count, "zeros", _DECODERS[storage].offset_bits)
+        lacking = missing_power(storage, has_scales=True, has_zeros=True)
+        zeros = ref[:, pl.ds(first, count)].astype(jnp.float32) * -(2.0**-lacking)
+        return _spread_in_jnp(zeros.astype(jnp.bfloat16), storage)
+    return _spread(ref, first, count, storage, "zeros") * jnp.bfloat16(-(2.0**_MOST_POWER))
 
 
-def _spread(ref: Any, first: Any, count: int, kind: str, also: int = 0) -> jax.Array:
+def _spread_in_jnp(groups: jax.Array, storage: Storage) -> jax.Array:
+    chosen = _DECODERS[storage]
+    return in_order_of_pairs(jnp.repeat(groups, chosen.inputs // groups.shape[1], axis=1), chosen.pairs)
+
+
+def _spread(ref: Any, first: Any, count: int, storage: Storage, kind: str) -> jax.Array:
     """One number of a row for all columns of its group, twice in a register, as bits of bfloat16."""
-    assert count <= 16, "at most two groups in 8 columns"
-    layout = plgpu.Layout.WGMMA.to_mgpu()
-    result = plgpu.ShapeDtypeStruct((ROWS, 2 * WORDS), jnp.dtype(jnp.bfloat16), layout=plgpu.Layout.WGMMA)
+    chosen = _DECODERS[storage]
+    layout, shape = plgpu.Layout.WGMMA.to_mgpu(), (ROWS, chosen.inputs)
+    result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=plgpu.Layout.WGMMA)
+    group, of_tile = chosen.inputs // count, 2 * _WORDS_OF_TILE * chosen.pairs  # inputs
+    assert 2 * group >= of_tile, "at most two groups in 4 words"
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=result)  # type: ignore[untyped-decorator]
     def load(context: Any, source: Any, start: Any) -> Any:
         start = start.registers.item()
         row, quarter = _row_and_quarter()
-        registers = np.empty(layout.registers_shape((ROWS, 2 * WORDS)), object)
+        registers = np.empty(layout.registers_shape(shape), object)
         loaded: dict[tuple[int, int], Any] = {}
         for at in np.ndindex(registers.shape):
-            tile, half = at[1], at[4]  # 8 columns; 8 rows of 16
-            key = half, tile * 8 * count // (2 * WORDS)
+            tile, half = at[1] // chosen.pairs, at[4]  # of 4 words; 8 rows of 16
+            key = half, tile * of_tile // group
             if key not in loaded:
-                group = _plus(start, key[1])
-                if count == 16:  # two groups in a tile; a thread's two columns are of one
-                    group = arith.addi(group, arith.shrui(quarter, _i32(1)))
-                number = memref.load(source, [_index(_plus(row, 8 * half)), _index(group)])
-                loaded[key] = _doubled(number, kind, also)
+                place = _plus(start, key[1])
+                if group < of_tile:  # of 4 words two are of one group, and a thread has one
+                    place = arith.addi(place, arith.shrui(quarter, _i32(1)))
+                number = memref.load(source, [_index(_plus(row, 8 * half)), _index(place)])
+                loaded[key] = _doubled(number, kind)
             registers[at] = loaded[key]
         return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
@@ -219,8 +322,8 @@ def _row_and_quarter() -> tuple[Any, Any]:
     return arith.addi(arith.shli(warp, _i32(4)), arith.shrui(lane, _i32(2))), arith.andi(lane, _i32(3))
 
 
-def _doubled(number: Any, kind: str, also: int) -> Any:
-    """Two bfloat16 in a register, both with the bits of one number; e4m3 still lacks 2**120."""
+def _doubled(number: Any, kind: str) -> Any:
+    """Two bfloat16 in a register, both with the bits of one number; e4m3 still lacks 2**120, zero points 2**133."""
     pair = ir.VectorType.get((2,), ir.BF16Type.get())
     if kind in ("bfloat16", "float16", "float32"):
         if kind == "float16":
@@ -233,7 +336,7 @@ def _doubled(number: Any, kind: str, also: int) -> Any:
         bits = arith.shli(bits, _i32(7))
     elif kind == "float8_e4m3fn":
         bits = arith.shli(arith.andi(bits, _i32(0x7F)), _i32(4))
-    bits = arith.ori(arith.ori(bits, arith.shli(bits, _i32(16))), _i32(also << 16 | also))
+    bits = arith.ori(bits, arith.shli(bits, _i32(16)))
     return mosaic.utils.bitcast(vector.broadcast(ir.VectorType.get((1,), ir.IntegerType.get_signless(32)), bits), pair)
 
 

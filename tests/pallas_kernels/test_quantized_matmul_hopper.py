@@ -14,7 +14,13 @@ from millrace.pallas_kernels.dispatch import KernelChoices
 from millrace.pallas_kernels.quantized_matmul import FORMATS, MatmulProblem, WeightFormat, hopper, matmul
 from millrace.pallas_kernels.quantized_matmul.contract import QuantizedWeight
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, pack_nibbles, quantize, quantize_rows
-from millrace.pallas_kernels.quantized_matmul.hopper_decode import decoder, in_order_of_pairs, operand, words_of
+from millrace.pallas_kernels.quantized_matmul.hopper_decode import (
+    decoder,
+    in_order_of_pairs,
+    missing_power,
+    operand,
+    words_of,
+)
 from millrace.pallas_kernels.quantized_matmul.hopper_tiles import Tile
 
 H200 = "NVIDIA H200"
@@ -110,8 +116,9 @@ def test_every_stored_value_is_decoded_exactly(name: str) -> None:
     scales = jnp.ones(format.scales_shape(64, codes.shape[1]), format.scales_dtype)
     expected = np.float32(dequantize(QuantizedWeight(values=values, scales=scales, format=format)))
     words, pairs = words_of(values, is_interpreted=True), decoder(format.storage).pairs
-    operands = [operand(words, pair, format.storage, None, None, is_interpreted=True) for pair in range(pairs)]
-    np.testing.assert_array_equal(np.concatenate(operands, axis=1), in_order_of_pairs(expected, pairs))
+    operands = [operand(words, index, format.storage, None, None, is_interpreted=True) for index in range(pairs)]
+    lacking = missing_power(format.storage, has_scales=False, has_zeros=False)
+    np.testing.assert_array_equal(np.concatenate(operands, axis=1) * 2.0**lacking, in_order_of_pairs(expected, pairs))
 
 
 def problem(**fields: object) -> MatmulProblem:
