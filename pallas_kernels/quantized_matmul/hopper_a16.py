@@ -5,24 +5,29 @@ block has two consumer warpgroups of 64 channels and one that copies. A stage is
 4 bits, 128 of 8): `ldmatrix` brings it into registers, and each of the 4 or 2 operands of 64 inputs that it becomes
 (hopper_decode) is decoded while wgmma multiplies the one before. Scales and zero points come by TMA too, 16 bytes of
 each channel at once, so once in several stages (a panel). Activations are read from L2 again by each block, N / 16 of
-the bytes of 4-bit weights with 64 channels: clusters of up to 8 blocks multicast them. Where N is wide they come in
-pieces of 64 inputs, each a slot of its own, so that shared memory holds enough of them.
-With few rows reading weights bounds it, at 36 KB per SM and microsecond: 41 values of 4 bits a cycle, some 3.75
-instructions for two, of which an SM issues 128; two blocks of an SM hide each other's latencies. With many rows wgmma
-bounds it (64 x 128 x 64 takes 256 cycles, its decoding 70 of another warpgroup's). Where there are too few tiles to
-fill the chip K is split, and XLA adds the float32 parts in whatever reads them.
+the bytes of 4-bit weights with 64 channels: two blocks of a cluster, which fill every pair of SMs, multicast them
+where they are many. Where N is wide they come in pieces of 64 inputs, each a slot of its own, so that shared memory
+holds enough of them; in rings of 2, 4 or 8 slots, places are cheap to find.
+With few rows reading weights bounds it, at 36 KB per SM and microsecond: 41 values of 4 bits a cycle, for two of which
+a warp has 4.8 instructions, half of them decoding, of 128 that an SM issues. Waits are for others to fill: two blocks
+of an SM, four warps on each of its schedulers. With many rows wgmma bounds it (64 x 128 x 64 takes 256 cycles, its
+decoding 70 of another warpgroup's), or L2. Where there are too few tiles to fill the chip, or they spread unevenly
+over it (`turns`), K is split, and XLA adds the float32 parts in whatever reads them.
 
 Operands. In registers: operand i + 1 is decoded into registers of its own while wgmma i is in flight, and issued after
-`wgmma_wait(0)`, so no register that wgmma reads is written before it ends (ptxas warns, and serializes, otherwise). In
-shared memory: a weight slot is released when its words are in registers; an activation slot after the `wgmma_wait(0)`
-behind the last wgmma that reads it; a panel of scales with the last stage that it serves. Staged output is rewritten
-once its TMA store has read it. Interpret mode has no operands in registers: there they go through shared memory.
+`wgmma_wait(0)`, so no register that wgmma reads is written before it ends. `wgmma_wait(1)` behind the next wgmma would
+be as right, but ptxas takes both for one stage of its pipeline, in which nothing may define an operand, and serializes
+(C7513). A stage's first operand has no wgmma before it, or that of the stage before (`is_ahead`, with its words
+carried round the loop). In shared memory: a weight slot is released once its words are in registers, behind the first
+wgmma, in whose time the fence between proxies is free; an activation slot after the `wgmma_wait(0)` behind the last
+wgmma that reads it; a panel of scales with the last stage that it serves. Staged output is rewritten once its TMA
+store has read it. Interpret mode has no operands in registers: there they go through shared memory.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -297,37 +302,71 @@ def _sums(
     storage: Storage,
 ) -> jax.Array:
     """One tile's products [m, n] in float32."""
-    tile, pairs, groups_ring = tiles.tile, decoder(storage).pairs, rings.groups
+    tile, groups_ring = tiles.tile, rings.groups
     is_interpreted = "operand" in smem
+    num_operands, of_piece = tile.k // COLUMNS, tile.k // tile.pieces // COLUMNS
 
-    def stage(step: jax.Array, sums: Any) -> None:
+    def take(step: jax.Array) -> jax.Array:
+        """A stage's words, once they and its scales are there."""
         use = first_use + step
-        scales = offsets = None
         if groups is not None and groups_ring is not None:
             panel = lax.div(use, groups.stages)
             pl.when(lax.rem(step, groups.stages) == 0)(lambda: groups_ring.wait_full(panel))
-            scales, offsets = _of_groups(smem, groups_ring.slot(panel), step, groups, storage)
-        words = words_of(smem["weights"].at[rings.weights.to_read(use)], is_interpreted)
-        decode = functools.partial(operand, words, storage=storage, scales=scales, offsets=offsets)
-        plgpu.commit_smem()  # what was read is read before TMA, another proxy, writes
-        rings.weights.release(use)
-        following = decode(0, is_interpreted=is_interpreted)
-        for pair in range(pairs):
-            part, of_part = divmod(pair, pairs // tile.pieces)
-            x_use = use * tile.pieces + part
+        return words_of(smem["weights"].at[rings.weights.to_read(use)], is_interpreted)
+
+    def decoder_of(step: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
+        """Makes operands of a stage's words."""
+        scales = offsets = None
+        if groups is not None and groups_ring is not None:
+            slot = groups_ring.slot(lax.div(first_use + step, groups.stages))
+            scales, offsets = _of_groups(smem, slot, step, groups, storage)
+        return functools.partial(
+            operand, storage=storage, scales=scales, offsets=offsets, is_interpreted=is_interpreted
+        )
+
+    def multiply(step: jax.Array, words: jax.Array, values: jax.Array, decode: Any, then: Any, sums: Any) -> Any:
+        """Add a stage's products, of which `values` are the first operand; what `then` gives during the last."""
+        following = None
+        for index in range(num_operands):
+            part, of_part = divmod(index, of_piece)
+            x_use = (first_use + step) * tile.pieces + part
             slot = rings.x.to_read(x_use) if of_part == 0 else rings.x.slot(x_use)
             columns = smem["x"].at[slot, :, pl.ds(COLUMNS * of_part, COLUMNS)].transpose((1, 0))
-            plgpu.wgmma(sums, _through_memory(following, smem.get("operand")), columns)
-            if pair + 1 < pairs:
-                following = decode(pair + 1, is_interpreted=is_interpreted)
+            plgpu.wgmma(sums, _through_memory(values, smem.get("operand")), columns)
+            if index == 0:
+                plgpu.commit_smem()  # what was read is read before TMA, another proxy, writes
+                rings.weights.release(first_use + step)
+            if index + 1 < num_operands:
+                values = decode(words, index + 1)
+            else:
+                following = then()
             plgpu.wgmma_wait(0)
-            if of_part == pairs // tile.pieces - 1:
+            if of_part == of_piece - 1:
                 rings.x.release(x_use)
         if groups is not None and groups_ring is not None:
+            panel = lax.div(first_use + step, groups.stages)
             pl.when(lax.rem(step, groups.stages) == groups.stages - 1)(lambda: groups_ring.release(panel))
+        return following
+
+    def stage(step: jax.Array, sums: Any) -> None:
+        words, decode = take(step), decoder_of(step)
+        multiply(step, words, decode(words, 0), decode, lambda: None, sums)
+
+    def first_operand(step: jax.Array) -> tuple[jax.Array, jax.Array]:
+        words = take(step)
+        return words, decoder_of(step)(words, 0)
+
+    def stage_ahead(step: jax.Array, begun: tuple[jax.Array, jax.Array], sums: Any) -> tuple[jax.Array, jax.Array]:
+        """With the next stage begun."""
+        return multiply(step, *begun, decoder_of(step), lambda: first_operand(step + 1), sums)
 
     def run(sums: Any) -> jax.Array:
-        pl.loop(0, tiles.steps)(functools.partial(stage, sums=sums))
+        if tile.is_ahead:
+            last = jnp.int32(tiles.steps - 1)
+            begun = lax.fori_loop(0, last, functools.partial(stage_ahead, sums=sums), first_operand(jnp.int32(0)))
+            multiply(last, *begun, decoder_of(last), lambda: None, sums)
+        else:
+            pl.loop(0, tiles.steps)(functools.partial(stage, sums=sums))
         done: jax.Array = sums[...]
         return done
 

@@ -33,6 +33,8 @@ class Tile:
     n_slots: int = 0  # that these pieces have, if not those of `stages`
     blocks: int = 132  # persistent ones
     panel: int = 8  # tiles of M that run side by side
+    turns: int = 1  # tiles that a block computes at least, by splits of K: many and small ones spread evenly
+    is_ahead: bool = False  # a stage's first operand is decoded during the last product of the stage before
     splits: int = 1  # parts of K that are computed apart and added by XLA
 
     @property
@@ -49,7 +51,7 @@ class Tile:
         """With a cluster that divides M, and as many splits as fill the blocks and divide K's smallest parts."""
         num_m = m // self.block_m
         cluster = math.gcd(num_m, self.cluster)
-        wanted = max(1, self.blocks // (num_m * (n // self.n)))
+        wanted = max(1, self.blocks * self.turns // (num_m * (n // self.n)))
         splits = max(parts for parts in range(1, min(wanted, k_parts) + 1) if k_parts % parts == 0)
         return dataclasses.replace(self, cluster=cluster, splits=splits)
 

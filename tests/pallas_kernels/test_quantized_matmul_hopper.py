@@ -73,6 +73,27 @@ def test_int4_with_zero_points_comes_in_pieces() -> None:
     check(WITH_ZEROS, 5, (128, 1024), tile(k=256, warpgroups=2, pieces=4, n_slots=5), "float32")
 
 
+def test_int4_stages_begin_before_the_one_before_ends() -> None:
+    check(INT4, 5, (128, 1536), tile(k=256, stages=2, is_ahead=True))
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 2.0**28])
+def test_scales_of_any_size_are_those_of_the_product(scale: float) -> None:
+    x, weight = draw(5, 512), quantize(draw(64, 512), INT4)
+    sized = dataclasses.replace(weight, scales=weight.scales * jnp.bfloat16(scale))
+    options = {"platform": "gpu", "out_dtype": "float32", "device_kind": H200, "tile": tile(k=256)}
+    outputs = [
+        hopper.matmul(x, each, **options, interpret=plgpu.InterpretGPUParams())  # type: ignore[arg-type]
+        for each in (weight, sized)
+    ]
+    np.testing.assert_array_equal(outputs[0], outputs[1] / np.float32(scale))
+
+
+def test_small_tiles_take_turns() -> None:
+    assert tile(m=64, k=256, blocks=2).fitted(256, 8, 8).splits == 1
+    assert tile(m=64, k=256, blocks=2, turns=8).fitted(256, 8, 8).splits == 4
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("num_rows", [1, 8, 130])
 @pytest.mark.parametrize("name", ["fp8", "int8"])
