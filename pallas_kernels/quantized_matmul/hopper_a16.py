@@ -17,7 +17,7 @@ over it (`turns`), K is split, and XLA adds the float32 parts in whatever reads 
 Operands. In registers: operand i + 1 is decoded into registers of its own while wgmma i is in flight, and issued after
 `wgmma_wait(0)`, so no register that wgmma reads is written before it ends. `wgmma_wait(1)` behind the next wgmma would
 be as right, but ptxas takes both for one stage of its pipeline, in which nothing may define an operand, and serializes
-(C7513). A stage's first operand has no wgmma before it, or that of the stage before (`is_ahead`, with its words
+(C7513). A stage's first operand has no wgmma before it, or that of the stage before (`ahead`, with its words
 carried round the loop). In shared memory: a weight slot is released once its words are in registers, behind the first
 wgmma, in whose time the fence between proxies is free; an activation slot after the `wgmma_wait(0)` behind the last
 wgmma that reads it; a panel of scales with the last stage that it serves. Staged output is rewritten once its TMA
@@ -356,15 +356,16 @@ def _sums(
         words = take(step)
         return words, decoder_of(step)(words, 0)
 
-    def stage_ahead(step: jax.Array, begun: tuple[jax.Array, jax.Array], sums: Any) -> tuple[jax.Array, jax.Array]:
-        """With the next stage begun."""
+    def stage_ahead(step: jax.Array, begun: tuple[jax.Array, jax.Array], sums: Any) -> Any:
+        """What the stage before has begun; begins the next."""
         return multiply(step, *begun, decoder_of(step), lambda: first_operand(step + 1), sums)
 
     def run(sums: Any) -> jax.Array:
-        if tile.is_ahead:
+        if tile.ahead:
             last = jnp.int32(tiles.steps - 1)
-            begun = lax.fori_loop(0, last, functools.partial(stage_ahead, sums=sums), first_operand(jnp.int32(0)))
-            multiply(last, *begun, decoder_of(last), lambda: None, sums)
+            loop = functools.partial(stage_ahead, sums=sums)
+            words, values = lax.fori_loop(0, last, loop, first_operand(jnp.int32(0)))
+            multiply(last, words, values, decoder_of(last), lambda: None, sums)
         else:
             pl.loop(0, tiles.steps)(functools.partial(stage, sums=sums))
         done: jax.Array = sums[...]

@@ -34,7 +34,7 @@ class Tile:
     blocks: int = 132  # persistent ones
     panel: int = 8  # tiles of M that run side by side
     turns: int = 1  # tiles that a block computes at least, by splits of K: many and small ones spread evenly
-    is_ahead: bool = False  # a stage's first operand is decoded during the last product of the stage before
+    ahead: int = 0  # operands, 0 or 1, of a stage that are decoded during the last product of the stage before
     splits: int = 1  # parts of K that are computed apart and added by XLA
 
     @property

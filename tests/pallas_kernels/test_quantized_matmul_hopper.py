@@ -74,7 +74,7 @@ def test_int4_with_zero_points_comes_in_pieces() -> None:
 
 
 def test_int4_stages_begin_before_the_one_before_ends() -> None:
-    check(INT4, 5, (128, 1536), tile(k=256, stages=2, is_ahead=True))
+    check(INT4, 5, (128, 1536), tile(k=256, stages=2, ahead=1))
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**28])
