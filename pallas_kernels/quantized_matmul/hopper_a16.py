@@ -6,8 +6,8 @@ block has two consumer warpgroups of 64 channels and one that copies. A stage is
 (hopper_decode) is decoded while wgmma multiplies the one before. Scales and zero points come by TMA too, 16 bytes of
 each channel at once, so once in several stages (a panel). Activations are read from L2 again by each block, N / 16 of
 the bytes of 4-bit weights with 64 channels: two blocks of a cluster, which fill every pair of SMs, multicast them
-where they are many. Where N is wide they come in pieces of 64 inputs, each a slot of its own, so that shared memory
-holds enough of them; in rings of 2, 4 or 8 slots, places are cheap to find.
+where they are many. Where N is wide they come in pieces of 64 inputs, each a slot of its own, refilled as soon as it
+has been multiplied. Places in rings of 2, 4 or 8 slots are cheap to find.
 With few rows reading weights bounds it, at 36 KB per SM and microsecond: 41 values of 4 bits a cycle, for two of which
 a warp has 4.8 instructions, half of them decoding, of 128 that an SM issues. Waits are for others to fill: two blocks
 of an SM, four warps on each of its schedulers. With many rows wgmma bounds it (64 x 128 x 64 takes 256 cycles, its
@@ -327,11 +327,12 @@ def _sums(
     def multiply(step: jax.Array, words: jax.Array, values: jax.Array, decode: Any, then: Any, sums: Any) -> Any:
         """Add a stage's products, of which `values` are the first operand; what `then` gives during the last."""
         following = None
+        first_x = (first_use + step) * tile.pieces
+        # All waits here: what lies behind a loop, ptxas decodes after the wgmma before it, not beside it.
+        slots = [rings.x.to_read(first_x + part) for part in range(tile.pieces)]
         for index in range(num_operands):
             part, of_part = divmod(index, of_piece)
-            x_use = (first_use + step) * tile.pieces + part
-            slot = rings.x.to_read(x_use) if of_part == 0 else rings.x.slot(x_use)
-            columns = smem["x"].at[slot, :, pl.ds(COLUMNS * of_part, COLUMNS)].transpose((1, 0))
+            columns = smem["x"].at[slots[part], :, pl.ds(COLUMNS * of_part, COLUMNS)].transpose((1, 0))
             plgpu.wgmma(sums, _through_memory(values, smem.get("operand")), columns)
             if index == 0:
                 plgpu.commit_smem()  # what was read is read before TMA, another proxy, writes
@@ -342,7 +343,7 @@ def _sums(
                 following = then()
             plgpu.wgmma_wait(0)
             if of_part == of_piece - 1:
-                rings.x.release(x_use)
+                rings.x.release(first_x + part)
         if groups is not None and groups_ring is not None:
             panel = lax.div(first_use + step, groups.stages)
             pl.when(lax.rem(step, groups.stages) == groups.stages - 1)(lambda: groups_ring.release(panel))

@@ -30,7 +30,9 @@ class Tile:
     warpgroups: int  # that multiply, one below the other along M; one more copies
     cluster: int = 1  # blocks, one below the other along M, that share N's tiles by multicast
     pieces: int = 1  # in which N's part of a stage comes
-    n_slots: int = 0  # that these pieces have, if not those of `stages`
+    n_slots: int = (
+        0  # that these pieces have, if not those of `stages`: more than `pieces`, all of which a stage awaits
+    )
     blocks: int = 132  # persistent ones
     panel: int = 8  # tiles of M that run side by side
     turns: int = 1  # tiles that a block computes at least, by splits of K: many and small ones spread evenly
@@ -211,7 +213,8 @@ def along_columns(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 class Parts:
     """The output of a matmul whose weights are M: parts of K apart, to be added.
 
-    16-bit ones are stored transposed, through shared memory; Mosaic has no such store for float32, which XLA turns.
+    16-bit ones are stored transposed, through shared memory; Mosaic has no such store for float32, which XLA turns, and
+    which goes through in two halves, where there are two: wider numbers must not take more room.
     """
 
     def __init__(self, tiles: Tiles, out_dtype: DTypeLike) -> None:
@@ -230,19 +233,27 @@ class Parts:
     def staged(self) -> Any:
         """Shared memory in which each consumer warpgroup makes its part of a tile."""
         tile = self._tiles.tile
-        sides = (tile.n, tile.m) if self._is_turned else (tile.m, tile.n)
+        sides = (tile.n, tile.m) if self._is_turned else (tile.m, self._columns)
         return plgpu.SMEM((tile.warpgroups, *sides), self.dtype)
+
+    @property
+    def _columns(self) -> int:
+        """That are stored at a time."""
+        columns = self._tiles.tile.n
+        return columns if self._is_turned or columns % 16 else columns // 2
 
     def store(self, sums: jax.Array, staged: Any, out_gmem: Any, split: jax.Array, m: jax.Array, n: jax.Array) -> None:
         """Store products [m, n] that begin at m and n; `staged` is this warpgroup's."""
-        tile = self._tiles.tile
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        tile, columns = self._tiles.tile, self._columns
         into = staged.transpose((1, 0)) if self._is_turned else staged
-        into[...] = sums.astype(self.dtype)
-        plgpu.commit_smem()
-        down, across = pl.ds(m, tile.m), pl.ds(n, tile.n)
-        to = out_gmem.at[split, across, down] if self._is_turned else out_gmem.at[split, down, across]
-        plgpu.copy_smem_to_gmem(staged, to)
+        down = pl.ds(m, tile.m)
+        for first in range(0, tile.n, columns):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            into[...] = lax.slice(sums, (0, first), (tile.m, first + columns)).astype(self.dtype)
+            plgpu.commit_smem()
+            across = pl.ds(n + first, columns)
+            to = out_gmem.at[split, across, down] if self._is_turned else out_gmem.at[split, down, across]
+            plgpu.copy_smem_to_gmem(staged, to)
 
     def by_rows(self, stored: jax.Array) -> jax.Array:
         """What the kernel returned as [splits, N, M]."""
