@@ -199,7 +199,10 @@ def main() -> None:
         run = Run(["--tiny"] if options.tiny else [], Path(folder) / "lock", deadline_s)
         for unit, found, hello in run.all(shares_of(units, options.workers, by_case=not options.tune)):
             rows[unit] = _row(by_case[unit.case], unit, found, hello["copy_bytes_per_s"])
-            claims = {"every kernel agrees with the reference": all(row["agrees"] is True for row in rows.values())}
+            claims = {
+                "every kernel agrees with the reference": all(row["agrees"] is True for row in rows.values()),
+                "every kernel repeats itself bit by bit": all(row["repeats"] is True for row in rows.values()),
+            }
             device = hello["device"]
             if device != "cpu":
                 write(name, [rows[unit] for unit in units if unit in rows], claims, device)
