@@ -42,7 +42,7 @@ def parse_dump(text: str) -> list[KernelResources]:
     """The kernels of one program, of what its process printed under DUMP_ENVIRONMENT while it lowered and compiled it.
 
     Memory is named when a kernel is lowered, registers when it is compiled: all of the first, then all of the second,
-    in one order.
+    in one order. Kernels that are alike, as those of k and v, are compiled once.
 
     Raises:
       ValueError: the compilers said less than they used to; or the process had compiled a kernel before, and now only
@@ -50,6 +50,9 @@ def parse_dump(text: str) -> list[KernelResources]:
     """
     memory = re.findall(r"^Resources\(.*$", text, re.MULTILINE)
     starts = [match.start() for match in re.finditer(r"^\.visible \.entry ", text, re.MULTILINE)]
+    for i in reversed(range(len(memory))):
+        if len(memory) > len(starts) and memory[i] in memory[:i]:
+            del memory[i]
     if len(memory) != len(starts):
         raise ValueError(f"{len(memory)} kernels were lowered and {len(starts)} compiled; expected one for each")
     compiled = [text[start:end] for start, end in itertools.pairwise([*starts, len(text)])]
