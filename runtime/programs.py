@@ -35,6 +35,9 @@ from .program_specs import (
 from .steps import DeviceState, StepModel, StepOutputs
 from .weight_streaming import StreamedParams
 
+# XLA plans with 80 % of a GPU's memory. Where weights and cache take more, it computes things twice to hold less at a
+# time, whole matmuls among them; what fits is planned here (sizes), to the byte.
+_COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 _MAX_AT_ONCE = 8  # programs that are compiled together, each with some hundred megabytes
 _STACK_BYTES = 64 << 20  # of a thread that compiles
 # Called with the arguments of its spec: compiled here, or loaded from an artifact.
@@ -124,7 +127,7 @@ def compile_each(
     def compile_one(spec: ProgramSpec) -> tuple[Compiled, float]:
         before_each()
         started_s = time.perf_counter()
-        return spec.lower().compile(dict(compiler_options or {})), time.perf_counter() - started_s
+        return spec.lower().compile({**_COMPILER_OPTIONS, **(compiler_options or {})}), time.perf_counter() - started_s
 
     bar = tqdm(total=len(specs), desc="compiling", unit="program", delay=1, disable=not show_progress)
     with bar, _compiler_threads() as threads:
