@@ -22,6 +22,7 @@ from .cpu_kernels import prepare_kernels
 from .deployment import Deployment, deploy, platform_of
 from .distributed import check_mesh, config_facts, start
 from .executor import Executor
+from .gpu_pool import claim_memory
 from .group import Group
 from .model_source import ModelSource, open_model
 from .param_tree import flatten
@@ -30,7 +31,7 @@ from .programs import Programs, compile_programs
 from .quantizing import load_quantized
 from .request import RequestLimits
 from .scheduler import Scheduler
-from .sizes import check_host_memory, claim_memory, device_memory
+from .sizes import check_host_memory, device_memory
 from .store import Store
 from .store_cache import cached_store
 from .weight_choice import choose_weights

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping
 
 import jax
@@ -13,7 +12,6 @@ from ..errors import ConfigError, OutOfMemoryError
 from ..models.config import ModelConfig
 from ..models.kv_cache import cache_bytes, cache_spec
 from ..sharding.rules import Placement
-from ..sharding.targets import POOL_SHARE
 from . import host_memory
 from .config import (
     DEFAULT_CONTEXT_LEN,
@@ -28,7 +26,6 @@ from .slot_state import empty_slots
 from .temporaries import step_temporaries
 
 _GPU_RESERVE = 0.02  # of the memory that arrays may take: fragments
-_POOL_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
 _CPU_SHARE = 0.25  # of the memory that is available: other programs live on the machine too
 
 
@@ -189,15 +186,6 @@ def _remedy(taken: Mapping[str, int], usable: int) -> str:
         )
     cache = "kv_cache_bytes, " if "kv_cache_bytes" in taken else ""
     return f"Lower {cache}num_slots or max_step_tokens, or choose a larger tensor axis or a smaller dtype."
-
-
-def claim_memory() -> None:
-    """Let XLA take POOL_SHARE of each GPU's memory, where it would take three quarters of it.
-
-    Before jax looks for devices: afterwards, or where the environment names a share, this changes nothing.
-    """
-    if not any(name in os.environ for name in _POOL_VARIABLES):
-        os.environ[_POOL_VARIABLES[0]] = str(POOL_SHARE)
 
 
 def device_memory(mesh: Mesh) -> int | None:

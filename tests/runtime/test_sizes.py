@@ -1,7 +1,6 @@
 """How many pages a cache gets, and what is said when it cannot be."""
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
@@ -12,11 +11,9 @@ from millrace.models.kv_cache import cache_bytes, cache_spec
 from millrace.models.partition import partition
 from millrace.runtime import host_memory
 from millrace.runtime.sizes import (
-    _POOL_VARIABLES,
     CacheSize,
     bytes_of_page,
     check_host_memory,
-    claim_memory,
     device_memory,
     resolve,
     size_cache,
@@ -26,7 +23,6 @@ from millrace.runtime.sizes import (
 from millrace.runtime.temporaries import step_temporaries
 from millrace.sharding.mesh import make_mesh
 from millrace.sharding.rules import Placement
-from millrace.sharding.targets import POOL_SHARE
 
 ATTENTION = AttentionSpec(num_heads=8, num_kv_heads=2, head_dim=16, scale=0.25, rope=RopeSpec(theta=1e4, rotary_dim=16))
 MODEL = ModelConfig(
@@ -227,19 +223,3 @@ def test_a_cache_that_fills_what_is_free_on_a_cpu_has_a_size_that_the_next_start
         for memory in range(80_000_000, 81_000_000, 100_000)
     }
     assert len(sizes) <= 2 and all(0.87 * 20_000_000 < size <= 0.25 * 81_000_000 for size in sizes)
-
-
-def test_xla_is_let_have_more_than_three_quarters_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in _POOL_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    claim_memory()
-    assert os.environ[_POOL_VARIABLES[0]] == str(POOL_SHARE)
-
-
-@pytest.mark.parametrize("name", _POOL_VARIABLES)
-def test_a_share_that_the_environment_names_is_kept(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    for each in _POOL_VARIABLES:
-        monkeypatch.delenv(each, raising=False)
-    monkeypatch.setenv(name, "0.5")
-    claim_memory()
-    assert {each: os.environ.get(each) for each in _POOL_VARIABLES} == dict.fromkeys(_POOL_VARIABLES) | {name: "0.5"}
