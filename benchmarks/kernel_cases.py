@@ -171,6 +171,18 @@ def _matmul_cases() -> Iterator[Case]:
             yield matmuls_case("fp8", name, num_rows)
 
 
+def _product_case(
+    operation: Operation, name: str, format: WeightFormat | None, arguments: Callable[..., Any],
+    call: Callable[..., Any], *, flops: float,
+) -> Case:  # fmt: skip
+    """A case of weights of a format, which says what bounds it and how exact it is."""
+    arithmetic = _ARITHMETIC[format.activations if format else "own"]
+    return Case(
+        operation=operation, name=name, arguments=arguments, call=call, flops=flops, arithmetic=arithmetic,
+        tolerance=_tolerance(format),
+    )  # fmt: skip
+
+
 def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
     """One linear layer of `num_rows` bfloat16 rows."""
     format, (out_dim, in_dim) = _FORMATS[format_name], WEIGHTS[weight_name]
@@ -183,14 +195,13 @@ def matmul_case(format_name: str, weight_name: str, num_rows: int) -> Case:
     def call(kernels: KernelChoices, x: jax.Array, weight: Any) -> jax.Array:
         return matmul(x, weight, kernels=kernels, out_dtype=out_dtype)
 
-    return Case(
-        operation="quantized_matmul",
-        name=f"{format_name} {weight_name} M={num_rows}",
-        arguments=arguments,
-        call=call,
+    return _product_case(
+        "quantized_matmul",
+        f"{format_name} {weight_name} M={num_rows}",
+        format,
+        arguments,
+        call,
         flops=2.0 * num_rows * out_dim * in_dim,
-        arithmetic=_ARITHMETIC[format.activations if format else "own"],
-        tolerance=_tolerance(format),
     )
 
 
@@ -206,14 +217,13 @@ def matmuls_case(format_name: str, name: str, num_rows: int) -> Case:
     def call(kernels: KernelChoices, x: jax.Array, weights: Any) -> list[jax.Array]:
         return matmuls(x, weights, kernels=kernels)
 
-    return Case(
-        operation="quantized_matmul",
-        name=f"{format_name} {name} M={num_rows}",
-        arguments=arguments,
-        call=call,
+    return _product_case(
+        "quantized_matmul",
+        f"{format_name} {name} M={num_rows}",
+        format,
+        arguments,
+        call,
         flops=sum(2.0 * num_rows * out_dim * in_dim for out_dim, in_dim in shapes),
-        arithmetic=_ARITHMETIC[format.activations if format else "own"],
-        tolerance=_tolerance(format),
     )
 
 
@@ -234,14 +244,13 @@ def gated_case(format_name: str, weight_name: str, num_rows: int) -> Case:
     def call(kernels: KernelChoices, gate: jax.Array, up: jax.Array, weight: Any) -> jax.Array:
         return gated_matmul(gate, up, weight, activation="silu", kernels=kernels)
 
-    return Case(
-        operation="gated_matmul",
-        name=f"gated {format_name} {weight_name} M={num_rows}",
-        arguments=arguments,
-        call=call,
+    return _product_case(
+        "gated_matmul",
+        f"gated {format_name} {weight_name} M={num_rows}",
+        format,
+        arguments,
+        call,
         flops=2.0 * num_rows * out_dim * in_dim,
-        arithmetic=_ARITHMETIC[format.activations if format else "own"],
-        tolerance=_tolerance(format),
     )
 
 
@@ -281,14 +290,13 @@ def grouped_case(format_name: str, model: str, num_tokens: int) -> Case:
     def call(kernels: KernelChoices, x: jax.Array, weight: Any, sizes: jax.Array) -> jax.Array:
         return grouped_matmul(x, weight, sizes, kernels=kernels, out_dtype=out_dtype)
 
-    return Case(
-        operation="grouped_matmul",
-        name=f"{format_name} {model} T={num_tokens}",
-        arguments=arguments,
-        call=call,
+    return _product_case(
+        "grouped_matmul",
+        f"{format_name} {model} T={num_tokens}",
+        format,
+        arguments,
+        call,
         flops=2.0 * num_rows * out_dim * in_dim,
-        arithmetic=_ARITHMETIC[format.activations if format else "own"],
-        tolerance=_tolerance(format),
     )
 
 

@@ -130,7 +130,8 @@ _CONVERSIONS = {
         cvt.rn.f16x2.e4m3x2 $1, odd;
         """,
     ),
-    # As above: a byte below 0x43 is 128 and more in bfloat16, and 256 and more where its sign bit is set.
+    # 0x4300 is 128 in bfloat16, whose last place is 1: a byte below 0x43 is 128 and more, and 256 and more where its
+    # sign bit is set.
     "int8": _Conversion(
         jnp.bfloat16,
         """

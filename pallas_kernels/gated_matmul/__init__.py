@@ -30,12 +30,11 @@ def gated_matmul(
     activation: Activation,
     kernels: KernelChoices,
     out_dtype: DTypeLike | None = None,
-    is_partitioned: bool = False,
 ) -> Float[Array, "*rows out"]:
     """The transposed weight times activation(gate) * up, accumulated in float32, as out_dtype (gate's own if None).
 
-    `is_partitioned` says that its operands lie on several devices, and XLA is to split it. Raises KernelError if the
-    shapes or dtypes disagree or the implementation named cannot serve.
+    All of it lies on one device. Raises KernelError if the shapes or dtypes disagree or the implementation named cannot
+    serve.
     """
     if gate.shape != up.shape or gate.dtype != up.dtype or gate.shape[-1] != weight.shape[1]:
         raise KernelError(
@@ -50,11 +49,9 @@ def gated_matmul(
         format=whole.format if isinstance(whole, QuantizedWeight) else None,
         dtype=gate.dtype.name,
         in_dim=gate.shape[-1],
-        is_partitioned=is_partitioned,
     )
     chosen = kernels.choose("gated_matmul", TABLE, problem)
     output: jax.Array = chosen.fn(
-        gate, up, weight, activation=activation, kernels=kernels, out_dtype=out_dtype or gate.dtype,
-        is_partitioned=is_partitioned,
-    )  # fmt: skip
+        gate, up, weight, activation=activation, kernels=kernels, out_dtype=out_dtype or gate.dtype
+    )
     return output

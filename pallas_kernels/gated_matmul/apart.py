@@ -10,8 +10,8 @@ from ..quantized_matmul import LayerOf, Weight, matmul
 
 def gated_matmul(
     gate: jax.Array, up: jax.Array, weight: Weight | LayerOf, *, activation: Activation, kernels: KernelChoices,
-    out_dtype: DTypeLike, is_partitioned: bool,
+    out_dtype: DTypeLike,
 ) -> jax.Array:  # fmt: skip
     """See the contract."""
-    inner = gated_activation(gate, up, activation=activation, kernels=kernels, is_partitioned=is_partitioned)
-    return matmul(inner, weight, kernels=kernels, out_dtype=out_dtype, is_partitioned=is_partitioned)
+    inner = gated_activation(gate, up, activation=activation, kernels=kernels)
+    return matmul(inner, weight, kernels=kernels, out_dtype=out_dtype)

@@ -17,4 +17,3 @@ class GatedMatmulProblem:
     format: WeightFormat | None  # of the weight; None: it is not quantized
     dtype: str  # of gate and up
     in_dim: int
-    is_partitioned: bool  # whether XLA splits the operation over several devices

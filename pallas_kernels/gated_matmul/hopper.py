@@ -58,10 +58,10 @@ def unsupported(problem: GatedMatmulProblem) -> str | None:
 
 def gated_matmul(
     gate: jax.Array, up: jax.Array, weight: QuantizedWeight | LayerOf, *, activation: Activation,
-    kernels: KernelChoices, out_dtype: DTypeLike, is_partitioned: bool, device_kind: str,
+    kernels: KernelChoices, out_dtype: DTypeLike, device_kind: str,
 ) -> jax.Array:  # fmt: skip
     """See the contract."""
-    del kernels, is_partitioned
+    del kernels
     rows = [each.reshape(-1, each.shape[-1]) for each in (gate, up)]
     warpgroups = num_warpgroups(gate.shape[-1], device_kind)
     assert warpgroups is not None, "unsupported() says which widths fit"

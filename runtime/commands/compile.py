@@ -52,11 +52,13 @@ def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
     from ...sharding.targets import parse_target, stay_on_cpus
     from ..artifacts import write_artifact
     from ..deployment import deploy, platform_of
+    from ..gpu_pool import claim_memory
     from ..model_source import open_model_config
     from ..sizes import device_memory
     from ..weight_choice import choose_weights
 
     machine = None if config.target is None else parse_target(config.target)
+    claim_memory()
     if machine is not None:
         stay_on_cpus(machine.num_devices if machine.target.platform == "cpu" else 1)
     mesh = make_mesh(dict(config.mesh or ()), machine.compile_devices() if machine else None)

@@ -18,7 +18,6 @@ from millrace.pallas_kernels.quantized_matmul.formats import quantize
 H200 = "NVIDIA H200"
 PROBLEM = GatedMatmulProblem(
     platform="gpu", device_kind=H200, activation="silu", format=FORMATS["fp8"], dtype="bfloat16", in_dim=28672,
-    is_partitioned=False,
 )  # fmt: skip
 
 
