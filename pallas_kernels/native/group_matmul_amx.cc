@@ -247,7 +247,7 @@ void group_matmul(const Matmul& problem, const ForEach& for_each) {
   x.num_tiles = (problem.num_rows + kTileRows - 1) / kTileRows;
   x.in_dim = problem.in_dim;
   x.num_groups = problem.weight.num_groups;
-  x.is_symmetric = problem.weight.zeros == nullptr && problem.weight.offsets == nullptr;
+  x.is_symmetric = is_symmetric(problem.weight);
   x.tiles = tiles_scratch.at_least(x.num_tiles * x.in_dim * kTileRows);
   const int64_t num_factors = x.num_tiles * x.num_groups * 2 * kTileRows;
   x.factors = reinterpret_cast<float*>(factors_scratch.at_least(num_factors * sizeof(float)));

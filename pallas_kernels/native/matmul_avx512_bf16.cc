@@ -33,6 +33,7 @@ struct Bfloat16Operand {
 // fifth bit of the index, which is the next nibble's, choosing between two halves alike.
 struct Nibbles16 {
   using Simd = Avx512Bf16;
+  using Lanes = __m512;
   static constexpr bool kRoundsRows = false;
   static constexpr int64_t kRowBytes = 256;  // of a chunk of prepared activations
 
@@ -50,16 +51,22 @@ struct Nibbles16 {
              _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), table),
              _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), table)}};
   }
-  static __m512 dot(const Chunk& chunk, const uint8_t* row) {
-    __m512 sums = _mm512_setzero_ps();
+  template <bool kIsSymmetric>
+  static __m512 dot(const Chunk& chunk, const ChunkRow<Nibbles16>& row) {
+    __m512 sums = kIsSymmetric ? row.lanes : _mm512_setzero_ps();
     for (int part = 0; part < 4; ++part)
-      sums = _mm512_dpbf16_ps(sums, (__m512bh)chunk.parts[part], (__m512bh)_mm512_load_si512(row + part * 64));
+      sums = _mm512_dpbf16_ps(sums, (__m512bh)chunk.parts[part], (__m512bh)_mm512_load_si512(row.values + part * 64));
     return sums;
   }
-  static void place_row(const float* values, uint8_t* to) {
-    alignas(64) float parts[128];
-    for (int i = 0; i < 128; ++i) parts[i % 4 * 32 + i / 4] = values[i];
-    narrow<Avx512Bf16>(Type::kBfloat16, parts, 128, to);
+  static __m512 sums_of(const ChunkRow<Nibbles16>& row) { return row.lanes; }
+  static void place(const float* values, bool is_symmetric, ChunkRow<Nibbles16>& to) {
+    alignas(64) float parts[kChunk], sums[16] = {};
+    for (int i = 0; i < kChunk; ++i) {
+      parts[i % 4 * 32 + i / 4] = values[i];
+      sums[i / 8] += values[i];
+    }
+    narrow<Avx512Bf16>(Type::kBfloat16, parts, kChunk, to.values);
+    to.lanes = _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(is_symmetric ? -kUint4Offset : 1.0f));
   }
 };
 

@@ -32,9 +32,10 @@ struct Int8Operand {
 };
 
 // 4-bit weights times int8 activations. Lane i of a chunk of 128 inputs takes inputs 8i to 8i + 7: the even ones meet
-// the low nibbles, the odd ones the high nibbles. Zero points enter through the sums of each lane's activations.
+// the low nibbles, the odd ones the high nibbles.
 struct Nibbles8 {
   using Simd = Avx512;
+  using Lanes = __m512i;
   static constexpr bool kRoundsRows = true;
   static constexpr int64_t kRowBytes = 128;  // of a chunk of prepared activations
 
@@ -45,12 +46,26 @@ struct Nibbles8 {
     const __m512i both = _mm512_loadu_si512(p), mask = _mm512_set1_epi8(15);
     return {_mm512_and_si512(both, mask), _mm512_and_si512(_mm512_srli_epi16(both, 4), mask)};
   }
-  static __m512 dot(const Chunk& chunk, const uint8_t* row) {
-    const __m512i even = _mm512_dpbusd_epi32(_mm512_setzero_si512(), chunk.low, _mm512_load_si512(row));
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(even, chunk.high, _mm512_load_si512(row + 64)));
+  template <bool kIsSymmetric>
+  static __m512 dot(const Chunk& chunk, const ChunkRow<Nibbles8>& row) {
+    const __m512i start = kIsSymmetric ? row.lanes : _mm512_setzero_si512();
+    const __m512i even = _mm512_dpbusd_epi32(start, chunk.low, _mm512_load_si512(row.values));
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(even, chunk.high, _mm512_load_si512(row.values + 64)));
   }
-  static void place_row(const float* codes, uint8_t* to) {
-    for (int i = 0; i < 128; ++i) reinterpret_cast<int8_t*>(to)[i % 2 * 64 + i / 2] = static_cast<int8_t>(codes[i]);
+  static __m512 sums_of(const ChunkRow<Nibbles8>& row) { return _mm512_cvtepi32_ps(row.lanes); }
+  static void place(const int8_t* codes, bool is_symmetric, ChunkRow<Nibbles8>& to) {
+    const __m512i first = _mm512_loadu_si512(codes), second = _mm512_loadu_si512(codes + 64);
+    const auto both = [](__m256i low, __m256i high) {
+      return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    };
+    const __m512i even = both(_mm512_cvtepi16_epi8(first), _mm512_cvtepi16_epi8(second));
+    const __m512i odd = both(_mm512_cvtepi16_epi8(_mm512_srli_epi16(first, 8)),
+                             _mm512_cvtepi16_epi8(_mm512_srli_epi16(second, 8)));
+    _mm512_store_si512(to.values, even);
+    _mm512_store_si512(to.values + 64, odd);
+    const __m512i each = _mm512_set1_epi8(is_symmetric ? static_cast<char>(kUint4Offset) : 1);
+    const __m512i sums = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), each, even), each, odd);
+    to.lanes = is_symmetric ? _mm512_sub_epi32(_mm512_setzero_si512(), sums) : sums;
   }
 };
 

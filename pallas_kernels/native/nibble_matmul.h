@@ -1,10 +1,12 @@
 // A matmul with 4-bit weights in groups, multiplied as they come apart in the registers.
 //
 // Schedule: a chunk is 64 bytes of a weight's row, 128 inputs; each 32-bit lane holds eight of them, so a lane belongs to
-// one group of 32, 64 or 128. A chunk's products are summed within lanes and then scaled, lane by lane. Activations are
-// reordered once as the chunk comes apart; with them go their sums per lane, which meet zero points and offsets, and,
-// where they are int8, the scale of each lane's group. Items are 16 rows of the weight, taken one by one so that memory is
-// read in order, with up to four rows of activations under way. Few rows are bound by reading the weight.
+// one group of 32, 64 or 128. A chunk's products are summed within lanes and then scaled, lane by lane, by the scales of
+// sixteen groups that were multiplied by those of the activations, where these are rounded, all at once. Activations are
+// reordered once as the chunk comes apart; with them goes what zero points make of each lane: where every one is
+// kUint4Offset, the number that its sum begins with. Items are runs of the weight's rows, taken one by one so that memory
+// is read in order, with up to four rows of activations under way; lanes are summed behind sixteen of them. Few rows are
+// bound by reading the weight.
 #ifndef MILLRACE_NATIVE_NIBBLE_MATMUL_H_
 #define MILLRACE_NATIVE_NIBBLE_MATMUL_H_
 
@@ -35,33 +37,39 @@ inline __m512i group_of_lane(int64_t groups_of_chunk) {
 template <class Nibbles>
 struct ChunkRow {
   alignas(64) uint8_t values[Nibbles::kRowBytes];
-  alignas(64) float sums[kLanesOfChunk];    // of the values that meet each lane
-  alignas(64) float scales[kLanesOfChunk];  // of each lane's group, 1 where values are not rounded
+  // Of the values that meet each lane: their sum, or, where the weight is symmetric, what the sum of products begins with.
+  alignas(64) typename Nibbles::Lanes lanes;
 };
 
+// Prepared activations.
 template <class Nibbles>
-void prepare_chunks(const Matmul& problem, int64_t row, ChunkRow<Nibbles>* to) {
+struct NibbleRows {
+  ChunkRow<Nibbles>* chunks;  // [rows][num_chunks]
+  float* scales;              // [rows][num_scales], of groups, where values are rounded
+  int64_t num_chunks, num_scales;
+};
+
+// Whether every zero point is kUint4Offset.
+inline bool is_symmetric(const Weight& weight) { return weight.zeros == nullptr && weight.offsets == nullptr; }
+
+template <class Nibbles>
+void prepare_chunks(const Matmul& problem, int64_t row, const NibbleRows<Nibbles>& to) {
   thread_local Scratch scratch;
   const int64_t width = problem.in_dim, group = width / problem.weight.num_groups;
   auto* wide = reinterpret_cast<float*>(scratch.at_least(width * sizeof(float)));
   widen<Avx512>(problem.x_type, problem.x + row * width * bytes_of(problem.x_type), width, wide);
-  for (int64_t chunk = 0; chunk < width / kChunk; ++chunk) {
-    ChunkRow<Nibbles>& mine = to[chunk];
-    float* part = wide + chunk * kChunk;
-    for (int64_t first = 0; first < kChunk; first += group) {
-      float scale = 1;
-      if constexpr (Nibbles::kRoundsRows) {
-        alignas(64) int8_t codes[kChunk];
-        scale = round_to_int8<Avx512>(part + first, group, codes);
-        for (int64_t i = 0; i < group; ++i) part[first + i] = codes[i];
-      }
-      for (int64_t lane = first / 8; lane < (first + group) / 8; ++lane) mine.scales[lane] = scale;
+  float* scales = to.scales + row * to.num_scales;
+  for (int64_t chunk = 0; chunk < to.num_chunks; ++chunk) {
+    ChunkRow<Nibbles>& mine = to.chunks[row * to.num_chunks + chunk];
+    const float* part = wide + chunk * kChunk;
+    if constexpr (Nibbles::kRoundsRows) {
+      alignas(64) int8_t codes[kChunk];
+      for (int64_t first = 0; first < kChunk; first += group)
+        *scales++ = round_to_int8<Avx512>(part + first, group, codes + first);
+      Nibbles::place(codes, is_symmetric(problem.weight), mine);
+    } else {
+      Nibbles::place(part, is_symmetric(problem.weight), mine);
     }
-    for (int64_t lane = 0; lane < kLanesOfChunk; ++lane) {
-      mine.sums[lane] = 0;
-      for (int i = 0; i < 8; ++i) mine.sums[lane] += part[lane * 8 + i];
-    }
-    Nibbles::place_row(part, mine.values);
   }
 }
 
@@ -115,53 +123,87 @@ void for_each_chunk(const Matmul& problem, int64_t row, const Body& body) {
   }
 }
 
-// products[m * kItemRows] for kM rows of activations and one of the weight, which is read from its first byte to its last.
-template <class Nibbles, int kM>
-void nibble_dots(const Matmul& problem, int64_t weight_row, const ChunkRow<Nibbles>* x, float* products) {
-  const int64_t num_chunks = problem.in_dim / kChunk;
+// to[m * kItemRows], lane by lane, for kM rows of activations and one of the weight, which is read from its first byte to
+// its last.
+template <class Nibbles, int kM, bool kIsSymmetric>
+void nibble_dots(const Matmul& problem, int64_t weight_row, const NibbleRows<Nibbles>& x, int64_t first_row,
+                 __m512* to) {
+  const Weight& weight = problem.weight;
+  const int64_t groups_of_chunk = weight.num_groups / x.num_chunks, chunks_at_once = 16 / groups_of_chunk;
+  const uint8_t* codes = weight.values + weight_row * weight.row_bytes;
+  const __m512i step = _mm512_set1_epi32(static_cast<int>(groups_of_chunk));
+  const ChunkRow<Nibbles>* rows = x.chunks + first_row * x.num_chunks;
   __m512 sums[kM];
   for (int m = 0; m < kM; ++m) sums[m] = _mm512_setzero_ps();
-  for_each_chunk(problem, weight_row, [&](int64_t chunk, const uint8_t* bytes, __m512 scales, __m512 shifts) {
-    const typename Nibbles::Chunk codes = Nibbles::load(bytes);
+  for (int64_t begin = 0; begin < x.num_chunks; begin += chunks_at_once) {
+    const int64_t first_group = begin * groups_of_chunk;
+    const LaneScales by(weight, weight_row, first_group);
+    __m512 scales[kM], shifts[kM];
     for (int m = 0; m < kM; ++m) {
-      const ChunkRow<Nibbles>& row = x[m * num_chunks + chunk];
-      __m512 product = _mm512_mul_ps(shifts, _mm512_load_ps(row.sums));
-      product = _mm512_fmadd_ps(scales, Nibbles::dot(codes, row.values), product);
+      scales[m] = by.scales, shifts[m] = by.shifts;
       if constexpr (Nibbles::kRoundsRows) {
-        sums[m] = _mm512_fmadd_ps(product, _mm512_load_ps(row.scales), sums[m]);
-      } else {
-        sums[m] = _mm512_add_ps(sums[m], product);
+        const __m512 mine = _mm512_loadu_ps(x.scales + (first_row + m) * x.num_scales + first_group);
+        scales[m] = _mm512_mul_ps(scales[m], mine), shifts[m] = _mm512_mul_ps(shifts[m], mine);
       }
     }
-  });
-  for (int m = 0; m < kM; ++m) products[m * kItemRows] = _mm512_reduce_add_ps(sums[m]);
+    __m512i index = group_of_lane(groups_of_chunk);
+    const int64_t end = std::min(x.num_chunks, begin + chunks_at_once);
+    for (int64_t chunk = begin; chunk < end; ++chunk, index = _mm512_add_epi32(index, step)) {
+      const uint8_t* mine = codes + chunk * (kChunk / 2);
+      _mm_prefetch(mine + kAhead, _MM_HINT_T1);
+      const typename Nibbles::Chunk apart = Nibbles::load(mine);
+      for (int m = 0; m < kM; ++m) {
+        const ChunkRow<Nibbles>& row = rows[m * x.num_chunks + chunk];
+        const __m512 product = Nibbles::template dot<kIsSymmetric>(apart, row);
+        sums[m] = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, scales[m]), product, sums[m]);
+        if constexpr (!kIsSymmetric)
+          sums[m] = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, shifts[m]), Nibbles::sums_of(row), sums[m]);
+      }
+    }
+  }
+  for (int m = 0; m < kM; ++m) to[m * kItemRows] = sums[m];
 }
 
-template <class Nibbles, int kM>
-void nibble_item(const Matmul& problem, int64_t first, int64_t count, const ChunkRow<Nibbles>* x, float* products) {
-  for (int64_t n = 0; n < count; ++n) nibble_dots<Nibbles, kM>(problem, first + n, x, products + n);
+template <class Nibbles, int kM, bool kIsSymmetric>
+void nibble_item(const Matmul& problem, int64_t first, int64_t count, const NibbleRows<Nibbles>& x, int64_t row) {
+  __m512 sums[kM][kItemRows] = {};
+  for (int64_t n = 0; n < count; ++n)
+    nibble_dots<Nibbles, kM, kIsSymmetric>(problem, first + n, x, row, &sums[0][n]);
+  alignas(64) float products[kItemRows];
+  for (int64_t m = 0; m < kM; ++m) {
+    _mm512_store_ps(products, Avx512::sums_of(sums[m]));
+    narrow<typename Nibbles::Simd>(problem.out_type, products, count,
+                                   problem.out + ((row + m) * problem.out_dim + first) * bytes_of(problem.out_type));
+  }
+}
+
+template <class Nibbles, bool kIsSymmetric>
+void nibble_rows(const Matmul& problem, int64_t first, int64_t count, const NibbleRows<Nibbles>& x) {
+  int64_t row = 0;
+  for (; row + 4 <= problem.num_rows; row += 4) nibble_item<Nibbles, 4, kIsSymmetric>(problem, first, count, x, row);
+  const int64_t rest = problem.num_rows - row;
+  if (rest == 3) nibble_item<Nibbles, 3, kIsSymmetric>(problem, first, count, x, row);
+  if (rest == 2) nibble_item<Nibbles, 2, kIsSymmetric>(problem, first, count, x, row);
+  if (rest == 1) nibble_item<Nibbles, 1, kIsSymmetric>(problem, first, count, x, row);
 }
 
 template <class Nibbles>
 void nibble_matmul(const Matmul& problem, const ForEach& for_each) {
-  thread_local Scratch scratch;
-  const int64_t num_chunks = problem.in_dim / kChunk;
-  auto* x = reinterpret_cast<ChunkRow<Nibbles>*>(
-      scratch.at_least(problem.num_rows * num_chunks * sizeof(ChunkRow<Nibbles>)));
-  prepare_rows(problem, for_each, 1, [&](int64_t row) { prepare_chunks(problem, row, x + row * num_chunks); });
-  for_each_item(problem, for_each, kItemRows, [&](const Matmul& one, int64_t item) {
-    const int64_t first = item * kItemRows, count = std::min(kItemRows, one.out_dim - first);
-    float products[4 * kItemRows];
-    for (int64_t row = 0; row < one.num_rows; row += 4) {
-      const int64_t num_rows = std::min<int64_t>(one.num_rows - row, 4);
-      const ChunkRow<Nibbles>* mine = x + row * num_chunks;
-      if (num_rows == 4) nibble_item<Nibbles, 4>(one, first, count, mine, products);
-      if (num_rows == 3) nibble_item<Nibbles, 3>(one, first, count, mine, products);
-      if (num_rows == 2) nibble_item<Nibbles, 2>(one, first, count, mine, products);
-      if (num_rows == 1) nibble_item<Nibbles, 1>(one, first, count, mine, products);
-      for (int64_t m = 0; m < num_rows; ++m)
-        narrow<typename Nibbles::Simd>(one.out_type, products + m * kItemRows, count,
-                                       one.out + ((row + m) * one.out_dim + first) * bytes_of(one.out_type));
+  thread_local Scratch chunks, scales;
+  NibbleRows<Nibbles> x;
+  x.num_chunks = problem.in_dim / kChunk;
+  x.num_scales = padded(problem.weight.num_groups, 16);
+  x.chunks = reinterpret_cast<ChunkRow<Nibbles>*>(
+      chunks.at_least(problem.num_rows * x.num_chunks * sizeof(ChunkRow<Nibbles>)));
+  x.scales = reinterpret_cast<float*>(scales.at_least(problem.num_rows * x.num_scales * sizeof(float)));
+  prepare_rows(problem, for_each, 1, [&](int64_t row) { prepare_chunks(problem, row, x); });
+  const int64_t rows_of_item = rows_of_run(problem, kItemRows, for_each.num_threads);
+  for_each_item(problem, for_each, rows_of_item, [&](const Matmul& one, int64_t item) {
+    const int64_t end = std::min((item + 1) * rows_of_item, one.out_dim);
+    for (int64_t first = item * rows_of_item; first < end; first += kItemRows) {
+      const int64_t count = std::min(kItemRows, end - first);
+      is_symmetric(one.weight) ? nibble_rows<Nibbles, true>(one, first, count, x)
+                               : nibble_rows<Nibbles, false>(one, first, count, x);
     }
   });
 }

@@ -39,17 +39,6 @@ struct Avx512 : millrace::Avx512 {
     return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256));
   }
   static void store_float32(uint8_t* p, Floats x) { _mm512_storeu_ps(p, x); }
-
-  // The sum of each of sixteen registers, in their order.
-  static Floats sums_of(Floats (&x)[16]) {
-    for (int i = 0; i < 16; i += 2) x[i] = add(_mm512_unpacklo_ps(x[i], x[i + 1]), _mm512_unpackhi_ps(x[i], x[i + 1]));
-    for (int i = 0; i < 16; i += 4) {
-      x[i] = add(_mm512_shuffle_ps(x[i], x[i + 2], 0x44), _mm512_shuffle_ps(x[i], x[i + 2], 0xee));
-    }
-    const Floats low = add(_mm512_shuffle_f32x4(x[0], x[4], 0x88), _mm512_shuffle_f32x4(x[0], x[4], 0xdd));
-    const Floats high = add(_mm512_shuffle_f32x4(x[8], x[12], 0x88), _mm512_shuffle_f32x4(x[8], x[12], 0xdd));
-    return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
-  }
 };
 
 }  // namespace
