@@ -1,7 +1,7 @@
 // A matmul as dot products of rows: both sides lie with their inputs one after another, as a weight does anyway.
 //
 // Schedule: activations are prepared once, into rows of the operand's type, padded with zeros to whole vectors. Items
-// are runs of the weight's rows, taken 16 by 16, with all rows of activations. A weight that is of the operand's type already is read where
+// are 16 rows of the weight, with all rows of activations. A weight that is of the operand's type already is read where
 // it lies, others are dequantized into a panel of 16 rows, which stays in the second-level cache. Up to 4 x 4 dots are
 // under way, one vector each, so that a vector that was loaded serves four times; lanes are summed at the end alone.
 // Few rows are bound by reading the weight, many by the dots.
@@ -16,8 +16,6 @@ namespace {
 inline constexpr int64_t kItemRows = 16;  // of the weight
 inline constexpr int64_t kRowsAtOnce = 4;
 inline constexpr int64_t kFewNumbers = 1 << 15;  // activations that are not worth a second thread
-inline constexpr int64_t kRunBytes = 1 << 18;    // of a weight, read by one thread from first to last: memory likes it
-inline constexpr int64_t kItemsOfThread = 4;     // at least, so that threads end together
 
 // Prepared activations: `rows` of `stride` bytes, and what multiplies a product, for each row.
 struct Rows {
@@ -72,14 +70,6 @@ void prepare_rows(const Matmul& problem, const ForEach& for_each, int64_t unit, 
     const int64_t end = std::min(num_units, (item + 1) * at_once);
     for (int64_t number = item * at_once; number < end; ++number) prepare(number);
   });
-}
-
-// Rows of the weights in an item that is bound by reading them: a multiple of `unit`.
-inline int64_t rows_of_run(const Matmul& problem, int64_t unit, int64_t num_threads) {
-  int64_t num_rows = 0;
-  for (const Matmul* one = &problem; one; one = one->next) num_rows += one->out_dim;
-  const int64_t run = kRunBytes / problem.weight.row_bytes, fair = num_rows / (kItemsOfThread * num_threads);
-  return std::max(unit, std::min(run, fair) / unit * unit);
 }
 
 // Calls body(the matmul of one weight, item) for every item of `rows_of_item` rows of the weights that meet x.
@@ -164,30 +154,6 @@ void write_products(const Matmul& problem, const Rows& x, int64_t row, int64_t n
   }
 }
 
-// Up to kItemRows rows of the weight with all rows of activations.
-template <class Operand>
-void dot_rows(const Matmul& problem, int64_t first, int64_t count, const Rows& x) {
-  thread_local Scratch panel;
-  const uint8_t* weight = operands<Operand>(problem, first, count, x.stride, panel);
-  float channel_scales[kItemRows];
-  product_scales(problem.weight, first, count, channel_scales);
-  float products[4 * kItemRows];
-  for (int64_t row = 0; row < problem.num_rows;) {
-    const int64_t num_rows = std::min<int64_t>(problem.num_rows - row, Operand::kColumnsAtOnce);
-    if (num_rows == 4) {
-      dots_of_item<Operand, 4>(weight, x.stride, count, x, row, products);
-    } else if (num_rows == 3) {
-      dots_of_item<Operand, 3>(weight, x.stride, count, x, row, products);
-    } else if (num_rows == 2) {
-      dots_of_item<Operand, 2>(weight, x.stride, count, x, row, products);
-    } else {
-      dots_of_item<Operand, 1>(weight, x.stride, count, x, row, products);
-    }
-    write_products<Operand>(problem, x, row, num_rows, first, count, channel_scales, products);
-    row += num_rows;
-  }
-}
-
 template <class Operand>
 void dot_matmul(const Matmul& problem, const ForEach& for_each) {
   thread_local Scratch rows_scratch, scales_scratch;
@@ -196,11 +162,27 @@ void dot_matmul(const Matmul& problem, const ForEach& for_each) {
   x.rows = rows_scratch.at_least(problem.num_rows * x.stride);
   x.scales = reinterpret_cast<float*>(scales_scratch.at_least(problem.num_rows * sizeof(float)));
   prepare_rows(problem, for_each, 1, [&](int64_t row) { prepare_row<Operand>(problem, row, x); });
-  const int64_t rows_of_item = rows_of_run(problem, kItemRows, for_each.num_threads);
-  for_each_item(problem, for_each, rows_of_item, [&](const Matmul& one, int64_t item) {
-    const int64_t end = std::min((item + 1) * rows_of_item, one.out_dim);
-    for (int64_t first = item * rows_of_item; first < end; first += kItemRows)
-      dot_rows<Operand>(one, first, std::min(kItemRows, end - first), x);
+  for_each_item(problem, for_each, kItemRows, [&](const Matmul& one, int64_t item) {
+    thread_local Scratch panel;
+    const int64_t first = item * kItemRows, count = std::min(kItemRows, one.out_dim - first);
+    const uint8_t* weight = operands<Operand>(one, first, count, x.stride, panel);
+    float channel_scales[kItemRows];
+    product_scales(one.weight, first, count, channel_scales);
+    float products[4 * kItemRows];
+    for (int64_t row = 0; row < one.num_rows;) {
+      const int64_t num_rows = std::min<int64_t>(one.num_rows - row, Operand::kColumnsAtOnce);
+      if (num_rows == 4) {
+        dots_of_item<Operand, 4>(weight, x.stride, count, x, row, products);
+      } else if (num_rows == 3) {
+        dots_of_item<Operand, 3>(weight, x.stride, count, x, row, products);
+      } else if (num_rows == 2) {
+        dots_of_item<Operand, 2>(weight, x.stride, count, x, row, products);
+      } else {
+        dots_of_item<Operand, 1>(weight, x.stride, count, x, row, products);
+      }
+      write_products<Operand>(one, x, row, num_rows, first, count, channel_scales, products);
+      row += num_rows;
+    }
   });
 }
 

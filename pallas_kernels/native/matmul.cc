@@ -124,7 +124,7 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs arr
   }
   if (!first) return ffi::Error::Success();
   const auto run = [&](int64_t num_items, const std::function<void(int64_t)>& body) {
-    parallel_for(pool, num_items, body);
+    parallel_for<InRuns>(pool, num_items, body);
   };
   kernel_of(*first, set)(*first, {pool.num_threads(), run});
   return ffi::Error::Success();

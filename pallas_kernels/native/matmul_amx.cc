@@ -18,8 +18,8 @@
 namespace millrace {
 namespace {
 
-constexpr int64_t kPair = 2 * kTileRows;  // rows of the weight that meet one tile of activations together
-constexpr int64_t kLeastItem = 64, kMostItem = 256;  // and in an item that meets more
+constexpr int64_t kPair = 2 * kTileRows;  // rows of the weight in an item that meets one tile of activations
+constexpr int64_t kLeastItem = 64, kMostItem = 256;  // and in one that meets more
 constexpr int64_t kItemBytes = 1 << 20;  // of a large item's tiles, which stay in the second-level cache
 constexpr int64_t kDirectTiles = 4;  // of activations that meet a plain weight where it lies
 constexpr int64_t kManyRows = 5;  // from here on tiles of dequantized weights pay
@@ -324,34 +324,19 @@ void many_rows(const Matmul& problem, const PackedRows& x, const WeightTiles& we
     }
 }
 
-// The products of an item's weights with one tile of activations.
-template <class Tiles, class Order>
-void few_rows(const Matmul& problem, const PackedRows& x, int64_t item) {
-  const int64_t end = std::min((item + 1) * x.rows_of_item, problem.out_dim);
-  configure(x.columns);
-  for (int64_t first = item * x.rows_of_item; first < end; first += kPair) {
-    alignas(64) uint8_t sums[2 * kTile];
-    float channel_scales[kPair] = {};
-    const int64_t count = std::min(kPair, end - first);
-    const WeightTiles weight = weight_tiles<Tiles, Order>(problem, first, count, x);
-    product_scales(problem.weight, first, count, channel_scales);
-    finish_stores();
-    two_by_one<Tiles>(weight, x, sums);
-    write_columns<Tiles>(problem, x, sums, first, count, channel_scales);
-  }
-  _tile_release();
-}
-
 template <class Tiles, class Order>
 void amx_item(const Matmul& problem, const PackedRows& x, int64_t item) {
-  if (x.num_tiles == 1) return few_rows<Tiles, Order>(problem, x, item);
   float channel_scales[kMostItem] = {};
   const int64_t first = item * x.rows_of_item, count = std::min(x.rows_of_item, problem.out_dim - first);
   const WeightTiles weight = weight_tiles<Tiles, Order>(problem, first, count, x);
   product_scales(problem.weight, first, count, channel_scales);
   configure(x.columns);
   finish_stores();
-  if (x.num_tiles <= kDirectTiles) {
+  if (x.num_tiles == 1) {
+    alignas(64) uint8_t sums[2 * kTile];
+    two_by_one<Tiles>(weight, x, sums);
+    write_columns<Tiles>(problem, x, sums, first, count, channel_scales);
+  } else if (x.num_tiles <= kDirectTiles) {
     some_rows<Tiles>(problem, x, weight, first, count, channel_scales);
   } else {
     many_rows<Tiles>(problem, x, weight, first, count, channel_scales);
@@ -361,8 +346,7 @@ void amx_item(const Matmul& problem, const PackedRows& x, int64_t item) {
 
 // Few rows of activations find as much to do in small items; many are read again for every item.
 int64_t rows_of_item(const Matmul& problem, const PackedRows& x, int64_t num_threads) {
-  if (x.num_tiles == 1) return rows_of_run(problem, kPair, num_threads);
-  if (x.num_tiles <= kDirectTiles) return kLeastItem;
+  if (x.num_tiles <= kDirectTiles) return x.num_tiles == 1 ? kPair : kLeastItem;
   int64_t num_outputs = 0;
   for (const Matmul* one = &problem; one; one = one->next) num_outputs += one->out_dim;
   const int64_t fitting = kItemBytes / (x.num_steps * kTileBytes), fair = num_outputs / (4 * num_threads);

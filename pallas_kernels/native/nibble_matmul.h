@@ -4,8 +4,8 @@
 // one group of 32, 64 or 128. A chunk's products are summed within lanes and then scaled, lane by lane, by the scales of
 // sixteen groups that were multiplied by those of the activations, where these are rounded, all at once. Activations are
 // reordered once as the chunk comes apart; with them goes what zero points make of each lane: where every one is
-// kUint4Offset, the number that its sum begins with. Items are runs of the weight's rows, taken one by one so that memory
-// is read in order, with up to four rows of activations under way; lanes are summed behind sixteen of them. Few rows are
+// kUint4Offset, the number that its sum begins with. Items are 16 rows of the weight, taken one by one so that memory is
+// read in order, with up to four rows of activations under way; their lanes are summed at an item's end. Few rows are
 // bound by reading the weight.
 #ifndef MILLRACE_NATIVE_NIBBLE_MATMUL_H_
 #define MILLRACE_NATIVE_NIBBLE_MATMUL_H_
@@ -197,14 +197,10 @@ void nibble_matmul(const Matmul& problem, const ForEach& for_each) {
       chunks.at_least(problem.num_rows * x.num_chunks * sizeof(ChunkRow<Nibbles>)));
   x.scales = reinterpret_cast<float*>(scales.at_least(problem.num_rows * x.num_scales * sizeof(float)));
   prepare_rows(problem, for_each, 1, [&](int64_t row) { prepare_chunks(problem, row, x); });
-  const int64_t rows_of_item = rows_of_run(problem, kItemRows, for_each.num_threads);
-  for_each_item(problem, for_each, rows_of_item, [&](const Matmul& one, int64_t item) {
-    const int64_t end = std::min((item + 1) * rows_of_item, one.out_dim);
-    for (int64_t first = item * rows_of_item; first < end; first += kItemRows) {
-      const int64_t count = std::min(kItemRows, end - first);
-      is_symmetric(one.weight) ? nibble_rows<Nibbles, true>(one, first, count, x)
-                               : nibble_rows<Nibbles, false>(one, first, count, x);
-    }
+  for_each_item(problem, for_each, kItemRows, [&](const Matmul& one, int64_t item) {
+    const int64_t first = item * kItemRows, count = std::min(kItemRows, one.out_dim - first);
+    is_symmetric(one.weight) ? nibble_rows<Nibbles, true>(one, first, count, x)
+                             : nibble_rows<Nibbles, false>(one, first, count, x);
   });
 }
 
