@@ -61,7 +61,9 @@ def assemble(config: RuntimeConfig) -> Engine:
     claim_memory()
     group = start(config)
     try:
-        return _assemble(config, group)
+        engine = _assemble(config, group)
+        host_memory.give_back()
+        return engine
     except BaseException as error:
         group.fail(error)
         raise

@@ -49,16 +49,16 @@ struct Problem {
 };
 
 // Some queries of one slot, for one KV head and the heads that share it, over a range of keys that holds all that any
-// of them sees (or, of a single query whose keys are split, a part of it).
+// of them sees; or a single query, for some KV heads, over all of its keys or a part of them.
 struct Item {
-  int64_t slot, kv_head;
+  int64_t slot, kv_head, num_kv_heads;  // from the first on
   int64_t first_row, num_queries;
   int64_t first_position;        // of the first query
   int64_t first_key, end_key;
   float* partial;  // a single query's result, of the shape below; null where there are several, which end in `out`
 };
 
-// A single query's softmax under way: the sum of weights * values [G, padded_dim], the top scores [G], the sums of
+// A single query's softmax under way, for one KV head: the sum of weights * values [G, padded_dim], the top scores [G], the sums of
 // weights [G]; weights are 2^(score - top), and no sink is among them.
 inline int64_t partial_size(const Problem& p) { return p.num_groups() * (p.padded_dim() + 2); }
 
@@ -77,12 +77,12 @@ inline int64_t scratch_size(const Problem& p) {
   const int64_t dim = (p.head_dim + kDimUnit - 1) / kDimUnit * kDimUnit;
   const int64_t rows = (tile_queries(p) * p.num_groups() + kRowGroup - 1) / kRowGroup * kRowGroup;
   const int64_t of_tile = rows * (2 * dim + 4) + kBlockKeys * (2 * dim + 2 + 2 * kRowGroup) + kRowGroup * dim;
-  const int64_t of_single = kBlockKeys * dim + p.num_groups() * (dim + kBlockKeys + 1) + kBlockKeys;
+  const int64_t of_single = kBlockKeys * dim + p.num_heads * dim + p.num_groups() * (kBlockKeys + 1) + kBlockKeys;
   return of_tile > of_single ? of_tile : of_single;
 }
 
-// An instruction set's functions: an item, and the output row of a single query whose parts follow each other from
-// item.partial on.
+// An instruction set's functions: an item, and the output row of a single query whose parts, each with all the item's KV
+// heads, follow each other from item.partial on.
 using Attend = void(const Problem&, const Item&, float* scratch);
 using Finish = void(const Problem&, const Item&, int64_t num_parts);
 

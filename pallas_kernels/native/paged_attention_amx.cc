@@ -128,7 +128,7 @@ struct AmxProduct {
 
   void pack_rows(const Problem& p, const Item& item, int which, int64_t first, int64_t count, Half* rows) const {
     const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
-    for_each_run(p, item, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
+    for_each_run(p, item, item.kv_head, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
       const uint8_t* src = p.values + place * row_bytes;
       for (Half* to = rows + index * dim; to < rows + (index + n) * dim; to += dim, src += row_bytes) {
         for (int64_t d = 0; d < p.head_dim; d += 32) {

@@ -73,36 +73,36 @@ void widen_rows_of(Number number, const Problem& p, const uint8_t* src, int64_t 
   }
 }
 
-// Calls visit(place, num_places, index) for the runs of neighbouring places of the item's keys (0) or values (1)
+// Calls visit(place, num_places, index) for the runs of neighbouring places of a KV head's keys (0) or values (1)
 // first, first + 1, ..., first + count - 1.
 template <class Visit>
-void for_each_run(const Problem& p, const Item& item, int which, int64_t first, int64_t count, const Visit& visit) {
+void for_each_run(const Problem& p, const Item& item, int64_t kv_head, int which, int64_t first, int64_t count, const Visit& visit) {
   for (int64_t index = 0; index < count;) {
     const int64_t position = first + index;
     const int64_t n = least(p.page_size - position % p.page_size, count - index);
-    visit(p.place(item.slot, item.kv_head, which, position), n, index);
+    visit(p.place(item.slot, kv_head, which, position), n, index);
     index += n;
   }
 }
 
 // Asks for the keys and values behind these, up to `count`: their pages lie apart, which the processor cannot foresee.
 template <class V>
-void prefetch_keys(const Problem& p, const Item& item, int64_t first, int64_t count) {
+void prefetch_keys(const Problem& p, const Item& item, int64_t kv_head, int64_t first, int64_t count) {
   const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
   for (int which = 0; which < 2; ++which) {
-    for_each_run(p, item, which, first, least(count, item.end_key - first), [&](int64_t place, int64_t n, int64_t) {
+    for_each_run(p, item, kv_head, which, first, least(count, item.end_key - first), [&](int64_t place, int64_t n, int64_t) {
       const uint8_t* src = p.values + place * row_bytes;
       for (int64_t at = 0; at < n * row_bytes; at += 64) __builtin_prefetch(src + at);
     });
   }
 }
 
-// Keys or values of the item as [padded count, dim], zeros behind the last: what lies there may be NaN.
+// Keys or values of a KV head as [padded count, dim], zeros behind the last: what lies there may be NaN.
 template <class V>
-void widen_keys(const Problem& p, const Item& item, int which, int64_t first, int64_t count, int64_t padded, float* dst,
+void widen_keys(const Problem& p, const Item& item, int64_t kv_head, int which, int64_t first, int64_t count, int64_t padded, float* dst,
                 int64_t dim) {
   const int64_t num_bytes = bytes_of(p.values_number);
-  for_each_run(p, item, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
+  for_each_run(p, item, kv_head, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
     widen_rows_of<V>(p.values_number, p, p.values + place * p.head_dim * num_bytes, n, dst + index * dim, dim);
   });
   std::memset(dst + count * dim, 0, (padded - count) * dim * sizeof(float));
@@ -110,9 +110,9 @@ void widen_keys(const Problem& p, const Item& item, int which, int64_t first, in
 
 // What each of the keys' scores (0), or of the values' weights (1), is multiplied by, where the cache has scales.
 template <class V>
-void gather_scales(const Problem& p, const Item& item, int which, int64_t first, int64_t count, float factor,
+void gather_scales(const Problem& p, const Item& item, int64_t kv_head, int which, int64_t first, int64_t count, float factor,
                    float* dst) {
-  for_each_run(p, item, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
+  for_each_run(p, item, kv_head, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
     for (int64_t i = 0; i < n; ++i) dst[index + i] = p.scales[place + i] * factor;
   });
 }

@@ -18,6 +18,7 @@
 namespace millrace::paged_attention {
 
 inline constexpr int64_t kPartKeys = 512;  // of a single query, that one item sees
+inline constexpr int64_t kItemsOfThread = 4;  // of single queries, at least, before an item has several KV heads
 // Multiply-adds of a step that the calling thread does sooner than another would wake up.
 inline constexpr int64_t kAloneWork = 1 << 19;
 
@@ -35,7 +36,7 @@ struct Slots {
   }
 };
 
-// The parts of one query's keys for one KV head: neighbours in a Work's items. Who takes num_left to 0 adds them up.
+// The parts of one query's keys for an item's KV heads: neighbours in a Work's items. Who takes num_left to 0 adds them up.
 struct Parts {
   int64_t first_item = 0, num_parts = 0;
   std::atomic<int64_t> num_left{0};
@@ -48,26 +49,27 @@ struct Work {
   std::unique_ptr<float[]> partials;
   int64_t multiply_adds = 0;
 
-  Work(const Problem& p, const Slots& slots) {
+  Work(const Problem& p, const Slots& slots, int64_t num_threads) {
+    const int64_t num_heads = heads_of_item(p, slots, num_threads);
     int64_t num_parts = 0, num_singles = 0;
     for (int64_t slot = 0; slot < slots.num_slots; ++slot) {
       if (slots.kv_lens[slot] <= 0) continue;
       if (slots.num_queries(slot) == 1) {
-        num_parts += add_single(p, slots, slot, num_singles);
-        num_singles += p.num_kv_heads;
+        num_parts += add_single(p, slots, slot, num_heads, num_singles);
+        num_singles += p.num_kv_heads / num_heads;
       } else {
         add_tiles(p, slots, slot);
       }
     }
     parts = std::make_unique<Parts[]>(num_singles);
-    partials.reset(new float[num_parts * partial_size(p)]);
+    partials.reset(new float[num_parts * num_heads * partial_size(p)]);
     int64_t num_before = 0;
     for (size_t index = 0; index < items.size(); ++index) {
       if (parts_of[index] < 0) continue;
       Parts& of_item = parts[parts_of[index]];
       if (of_item.num_parts++ == 0) of_item.first_item = static_cast<int64_t>(index);
       of_item.num_left.store(of_item.num_parts, std::memory_order_relaxed);
-      items[index].partial = partials.get() + num_before++ * partial_size(p);
+      items[index].partial = partials.get() + num_before++ * num_heads * partial_size(p);
     }
   }
 
@@ -75,17 +77,36 @@ struct Work {
   void add(const Problem& p, const Item& item, int64_t single) {
     items.push_back(item);
     parts_of.push_back(single);
-    multiply_adds += item.num_queries * p.num_groups() * (item.end_key - item.first_key) * p.head_dim * 2;
+    multiply_adds += item.num_queries * item.num_kv_heads * p.num_groups() * (item.end_key - item.first_key) * p.head_dim * 2;
   }
 
-  int64_t add_single(const Problem& p, const Slots& slots, int64_t slot, int64_t num_singles) {
+  static int64_t first_key_of_single(const Problem& p, int64_t position) {
+    return p.window == 0 ? 0 : std::max<int64_t>(0, position + 1 - p.window);
+  }
+
+  // KV heads of an item of a single query: as many as leave every thread enough items, for a page has the keys of all
+  // heads one after another.
+  static int64_t heads_of_item(const Problem& p, const Slots& slots, int64_t num_threads) {
+    int64_t num_items = 0;
+    for (int64_t slot = 0; slot < slots.num_slots; ++slot) {
+      const int64_t position = slots.kv_lens[slot] - 1;
+      if (position < 0 || slots.num_queries(slot) != 1) continue;
+      num_items += (position - first_key_of_single(p, position)) / kPartKeys + 1;
+    }
+    int64_t num_heads = p.num_kv_heads;
+    while (num_heads > 1 && num_items * (p.num_kv_heads / num_heads) < kItemsOfThread * num_threads)
+      num_heads = num_heads % 2 ? 1 : num_heads / 2;
+    return num_heads;
+  }
+
+  int64_t add_single(const Problem& p, const Slots& slots, int64_t slot, int64_t num_heads, int64_t num_singles) {
     const int64_t position = slots.kv_lens[slot] - 1, row = slots.first_row(slot);
-    const int64_t first_key = p.window == 0 ? 0 : std::max<int64_t>(0, position + 1 - p.window);
+    const int64_t first_key = first_key_of_single(p, position);
     int64_t num_parts = 0;
-    for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+    for (int64_t head = 0; head < p.num_kv_heads; head += num_heads) {
       for (int64_t first = first_key; first <= position; first += kPartKeys, ++num_parts) {
         const int64_t end = std::min(first + kPartKeys, position + 1);
-        add(p, Item{slot, head, row, 1, position, first, end, nullptr}, num_singles + head);
+        add(p, Item{slot, head, num_heads, row, 1, position, first, end, nullptr}, num_singles + head / num_heads);
       }
     }
     return num_parts;
@@ -99,7 +120,7 @@ struct Work {
       const int64_t position = slots.kv_lens[slot] - num_queries + first, end = std::max<int64_t>(0, position + n);
       const int64_t first_key = p.window == 0 ? 0 : std::clamp<int64_t>(position + 1 - p.window, 0, end);
       for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-        add(p, Item{slot, head, slots.first_row(slot) + first, n, position, first_key, end, nullptr}, -1);
+        add(p, Item{slot, head, 1, slots.first_row(slot) + first, n, position, first_key, end, nullptr}, -1);
       }
     }
   }
@@ -129,7 +150,7 @@ inline void clear_other_rows(const Problem& p, const Slots& slots) {
 template <class Pool>
 void run(Pool& pool, const Problem& p, const Slots& slots, const Path& path) {
   clear_other_rows(p, slots);
-  Work work(p, slots);
+  Work work(p, slots, pool.num_threads());
   const int64_t size = scratch_size(p), num_items = static_cast<int64_t>(work.items.size());
   const auto body = [&](int64_t index) {
     path.attend(p, work.items[index], scratch_memory(size));

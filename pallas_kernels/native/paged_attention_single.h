@@ -1,6 +1,7 @@
-// One query of a slot, and the G heads that share a KV head, over a range of keys.
+// One query of a slot, and the G heads that share a KV head, for some KV heads, over a range of keys.
 //
-// Schedule: 64 keys at a time, widened to float32 beside 64 values (L1). Scores are dot products along H: as many keys
+// Schedule: 64 keys at a time, of one KV head after the other, as a page has them, widened to float32 beside 64 values
+// (L1), while those that come next are fetched. Scores are dot products along H: as many keys
 // as a register has floats, whose sums are then taken together, so that scores lie along keys. Weights times values are
 // register tiles of heads x H, with H along the lanes. The keys' bytes bound it, or a head's work where G is large.
 #ifndef MILLRACE_NATIVE_PAGED_ATTENTION_SINGLE_H_
@@ -11,47 +12,110 @@
 namespace millrace::paged_attention {
 namespace {
 
+// The bytes of some keys and values that come next, asked for a few lines at a time while others are computed on: the
+// processor cannot foresee where their pages lie, and waits where it is asked for many at once.
+class Wanted {
+ public:
+  // Some keys and values of a KV head, in place of what is left.
+  void want(const Problem& p, const Item& item, int64_t kv_head, int64_t first, int64_t count) {
+    const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
+    num_runs_ = 0, run_ = 0;
+    for (int which = 0; which < 2; ++which) {
+      for_each_run(p, item, kv_head, which, first, count, [&](int64_t place, int64_t n, int64_t) {
+        const uint8_t* from = p.values + place * row_bytes;
+        runs_[num_runs_++] = {from, from + n * row_bytes};
+      });
+    }
+  }
+  // Asks for `count` lines, as far as there are more.
+  void fetch(int64_t count) {
+    for (; count > 0 && run_ < num_runs_; --count) {
+      Run& run = runs_[run_];
+      __builtin_prefetch(run.begin);
+      run.begin += 64;
+      if (run.begin >= run.end) ++run_;
+    }
+  }
+  void fetch_rest() { fetch(INT64_MAX); }
+
+ private:
+  struct Run {
+    const uint8_t *begin, *end;
+  };
+  Run runs_[2 * kBlockKeys];
+  int64_t num_runs_ = 0, run_ = 0;
+};
+
 template <class V>
 struct Single {
   using Reg = typename V::Floats;
   static constexpr int kWidth = V::kLanes;
+  static constexpr int64_t kLinesAtOnce = 4;  // asked for between two parts of the work
 
   const Problem& p;
   const Item& item;
   const int64_t groups, dim;
-  float *mixed, *top, *total;  // the item's result
-  float *q, *keys, *scores, *decay, *factors;
+  int64_t head;                // the KV head under way
+  float *mixed, *top, *total;  // its result
+  float *all_q, *q, *keys, *scores, *decay, *factors;
+  Wanted wanted;
 
   Single(const Problem& problem, const Item& an_item, float* scratch)
       : p(problem), item(an_item), groups(problem.num_groups()), dim(problem.padded_dim()) {
-    mixed = item.partial;
-    top = mixed + groups * dim;
-    total = top + groups;
     keys = scratch;
-    q = keys + kBlockKeys * dim;
-    scores = q + groups * dim;
+    all_q = keys + kBlockKeys * dim;
+    scores = all_q + item.num_kv_heads * groups * dim;
     factors = scores + groups * kBlockKeys;
     decay = factors + kBlockKeys;
   }
 
   void run() {
     const int64_t first_head = item.first_row * p.num_heads + item.kv_head * groups;
-    widen_rows_of<V>(p.q_number, p, p.q + first_head * p.head_dim * bytes_of(p.q_number), groups, q, dim);
-    std::memset(mixed, 0, groups * dim * sizeof(float));
-    for (int64_t g = 0; g < groups; ++g) top[g] = kNoScore, total[g] = 0;
-    for (int64_t first = item.first_key; first < item.end_key; first += kBlockKeys) {
-      const int64_t count = least(kBlockKeys, item.end_key - first), padded = round_up(count, kWidth);
-      widen_keys<V>(p, item, 0, first, count, padded, keys, dim);
-      prefetch_keys<V>(p, item, first + kBlockKeys, kBlockKeys);
-      for (int64_t g = 0; g < groups; ++g) {
-        for (int64_t at = 0; at < padded; at += kWidth) score_keys(g, at);
-      }
-      scale_scores(first, count, padded);
-      for (int64_t g = 0; g < groups; ++g) weigh(g, padded);
-      if (p.scales != nullptr) scale_weights(first, count);
-      widen_keys<V>(p, item, 1, first, count, count, keys, dim);
-      mix(count);
+    widen_rows_of<V>(p.q_number, p, p.q + first_head * p.head_dim * bytes_of(p.q_number), item.num_kv_heads * groups,
+                     all_q, dim);
+    for (int64_t h = 0; h < item.num_kv_heads; ++h) {
+      turn_to(h);
+      std::memset(mixed, 0, groups * dim * sizeof(float));
+      for (int64_t g = 0; g < groups; ++g) top[g] = kNoScore, total[g] = 0;
     }
+    for (int64_t first = item.first_key; first < item.end_key; first += kBlockKeys) {
+      for (int64_t h = 0; h < item.num_kv_heads; ++h) {
+        const bool is_last = h + 1 == item.num_kv_heads;
+        const int64_t next = is_last ? first + kBlockKeys : first;
+        wanted.want(p, item, item.kv_head + (is_last ? 0 : h + 1), next,
+                    next < item.end_key ? least(kBlockKeys, item.end_key - next) : 0);
+        turn_to(h);
+        add_keys(first, least(kBlockKeys, item.end_key - first));
+      }
+    }
+  }
+
+  void turn_to(int64_t h) {
+    head = item.kv_head + h;
+    q = all_q + h * groups * dim;
+    mixed = item.partial + h * partial_size(p);
+    top = mixed + groups * dim;
+    total = top + groups;
+  }
+
+  void add_keys(int64_t first, int64_t count) {
+    const int64_t padded = round_up(count, kWidth);
+    widen_keys<V>(p, item, head, 0, first, count, padded, keys, dim);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t at = 0; at < padded; at += kWidth) {
+        score_keys(g, at);
+        wanted.fetch(kLinesAtOnce);
+      }
+    }
+    scale_scores(first, count, padded);
+    for (int64_t g = 0; g < groups; ++g) {
+      weigh(g, padded);
+      wanted.fetch(kLinesAtOnce);
+    }
+    if (p.scales != nullptr) scale_weights(first, count);
+    widen_keys<V>(p, item, head, 1, first, count, count, keys, dim);
+    mix(count);
+    wanted.fetch_rest();
   }
 
   // Raw products of a head with as many keys as a register has floats.
@@ -70,7 +134,7 @@ struct Single {
 
   void scale_scores(int64_t first, int64_t count, int64_t padded) {
     for (int64_t i = 0; i < padded; ++i) factors[i] = p.score_factor();
-    if (p.scales != nullptr) gather_scales<V>(p, item, 0, first, count, p.score_factor(), factors);
+    if (p.scales != nullptr) gather_scales<V>(p, item, head, 0, first, count, p.score_factor(), factors);
     for (int64_t g = 0; g < groups; ++g) {
       float* score = scores + g * kBlockKeys;
       for (int64_t i = 0; i < padded; i += kWidth) {
@@ -101,7 +165,7 @@ struct Single {
   }
 
   void scale_weights(int64_t first, int64_t count) {
-    gather_scales<V>(p, item, 1, first, count, 1, factors);
+    gather_scales<V>(p, item, head, 1, first, count, 1, factors);
     for (int64_t g = 0; g < groups; ++g) {
       for (int64_t i = 0; i < count; ++i) scores[g * kBlockKeys + i] *= factors[i];
     }
@@ -133,6 +197,7 @@ struct Single {
       }
     }
     for (int64_t i = 0; i < count; ++i) {
+      wanted.fetch(1);
 #pragma GCC unroll 8
       for (int h = 0; h < kHeads; ++h) {
         const Reg weight = V::all(scores[(g + h) * kBlockKeys + i]);
@@ -154,10 +219,11 @@ struct Single {
 template <class V>
 void add_parts(const Problem& p, const Item& item, int64_t num_parts) {
   using Reg = typename V::Floats;
-  const int64_t groups = p.num_groups(), dim = p.padded_dim(), size = partial_size(p);
-  for (int64_t g = 0; g < groups; ++g) {
-    const float* first = item.partial + groups * dim + g;  // the first part's top score, and behind it its total
-    const int64_t head = item.kv_head * groups + g;
+  const int64_t groups = p.num_groups(), dim = p.padded_dim(), size = item.num_kv_heads * partial_size(p);
+  for (int64_t row = 0; row < item.num_kv_heads * groups; ++row) {
+    const int64_t head = item.kv_head * groups + row, g = row % groups;
+    const float* mixed = item.partial + row / groups * partial_size(p);  // of the first part
+    const float* first = mixed + groups * dim + g;  // its top score, and behind it its total
     Reg top = V::all(p.sinks == nullptr ? kNoScore : p.sinks[head] * kLog2E);
     for (int64_t part = 0; part < num_parts; ++part) top = V::max(top, V::all(first[part * size]));
     Reg total = p.sinks == nullptr ? V::zero() : exp2<V>(V::sub(V::all(p.sinks[head] * kLog2E), top));
@@ -169,7 +235,7 @@ void add_parts(const Problem& p, const Item& item, int64_t num_parts) {
       Reg sum = V::zero();
       for (int64_t part = 0; part < num_parts; ++part) {
         const Reg factor = exp2<V>(V::sub(V::all(first[part * size]), top));
-        sum = V::fma(V::load(item.partial + part * size + g * dim + d), factor, sum);
+        sum = V::fma(V::load(mixed + part * size + g * dim + d), factor, sum);
       }
       uint8_t* to = p.out + ((item.first_row * p.num_heads + head) * p.head_dim + d) * bytes_of(p.q_number);
       narrow<V>(p.q_number, V::div_or_zero(sum, total), to, least(V::kLanes, p.head_dim - d));

@@ -1,8 +1,12 @@
-"""What the host still has, read from a made-up /proc and cgroup."""
+"""What the host still has, read from a made-up /proc and cgroup; and what is given back to it."""
 
+import ctypes
+import os
 from pathlib import Path
 
-from millrace.runtime.host_memory import available_bytes
+import pytest
+
+from millrace.runtime.host_memory import available_bytes, give_back
 
 MIB = 2**20
 
@@ -39,3 +43,23 @@ def test_a_container_past_its_limit_has_nothing(tmp_path: Path) -> None:
 
 def test_a_host_that_tells_nothing_has_all_its_memory(tmp_path: Path) -> None:
     assert available_bytes(tmp_path) > 0
+
+
+def test_what_was_freed_is_given_back() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux tells so how much is resident")
+    pieces = [bytearray(60_000) for _ in range(2_000)]  # small enough for the heap
+    last = pieces[-1]  # above which nothing is free: the heap does not shrink by itself
+    del pieces
+    before = resident()
+    give_back()
+    assert resident() < before - 60_000_000
+    assert len(last) == 60_000
+
+
+def test_a_library_that_keeps_nothing_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    give_back()
