@@ -77,7 +77,7 @@ inline int64_t scratch_size(const Problem& p) {
   const int64_t dim = (p.head_dim + kDimUnit - 1) / kDimUnit * kDimUnit;
   const int64_t rows = (tile_queries(p) * p.num_groups() + kRowGroup - 1) / kRowGroup * kRowGroup;
   const int64_t of_tile = rows * (2 * dim + 4) + kBlockKeys * (2 * dim + 2 + 2 * kRowGroup) + kRowGroup * dim;
-  const int64_t of_single = kBlockKeys * dim + p.num_heads * dim + p.num_groups() * (kBlockKeys + 1) + kBlockKeys;
+  const int64_t of_single = p.num_heads * dim + p.num_groups() * (kBlockKeys + 1) + kBlockKeys;
   return of_tile > of_single ? of_tile : of_single;
 }
 

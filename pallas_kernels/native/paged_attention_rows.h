@@ -38,6 +38,16 @@ typename V::Floats widened(Number number, const uint8_t* src, int64_t n) {
   return V::zero();
 }
 
+// As many numbers at src as a register has floats.
+template <class V, Number kNumber>
+typename V::Floats widened_whole(const uint8_t* src) {
+  if constexpr (kNumber == Number::kFloat32) return V::load_float32(src);
+  if constexpr (kNumber == Number::kBfloat16) return V::load_bfloat16(src);
+  if constexpr (kNumber == Number::kFloat16) return V::load_float16(src);
+  if constexpr (kNumber == Number::kInt8) return V::load_int8(src);
+  if constexpr (kNumber == Number::kFloat8) return V::load_float8(src);
+}
+
 template <class V>
 void narrow(Number number, typename V::Floats x, uint8_t* dst, int64_t n) {
   uint8_t whole[64];

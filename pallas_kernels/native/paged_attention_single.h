@@ -1,8 +1,8 @@
 // One query of a slot, and the G heads that share a KV head, for some KV heads, over a range of keys.
 //
-// Schedule: 64 keys at a time, of one KV head after the other, as a page has them, widened to float32 beside 64 values
-// (L1), while those that come next are fetched. Scores are dot products along H: as many keys
-// as a register has floats, whose sums are then taken together, so that scores lie along keys. Weights times values are
+// Schedule: 64 keys at a time, of one KV head after the other, as a page has them, while those that come next are fetched.
+// Keys and values are widened to float32 where they are used, as a copy of them costs more. Scores are dot products along
+// H: tiles of heads x keys, as many as a register has floats, whose sums are then taken together. Weights times values are
 // register tiles of heads x H, with H along the lanes. The keys' bytes bound it, or a head's work where G is large.
 #ifndef MILLRACE_NATIVE_PAGED_ATTENTION_SINGLE_H_
 #define MILLRACE_NATIVE_PAGED_ATTENTION_SINGLE_H_
@@ -57,19 +57,36 @@ struct Single {
   const int64_t groups, dim;
   int64_t head;                // the KV head under way
   float *mixed, *top, *total;  // its result
-  float *all_q, *q, *keys, *scores, *decay, *factors;
+  float *all_q, *q, *scores, *decay, *factors;
+  const uint8_t *keys[kBlockKeys], *values[kBlockKeys];  // rows of the cache
   Wanted wanted;
 
   Single(const Problem& problem, const Item& an_item, float* scratch)
       : p(problem), item(an_item), groups(problem.num_groups()), dim(problem.padded_dim()) {
-    keys = scratch;
-    all_q = keys + kBlockKeys * dim;
+    all_q = scratch;
     scores = all_q + item.num_kv_heads * groups * dim;
     factors = scores + groups * kBlockKeys;
     decay = factors + kBlockKeys;
   }
 
   void run() {
+    switch (p.values_number) {
+      case Number::kFloat32: return run_of<Number::kFloat32>();
+      case Number::kBfloat16: return run_of<Number::kBfloat16>();
+      case Number::kFloat16: return run_of<Number::kFloat16>();
+      case Number::kInt8: return run_of<Number::kInt8>();
+      case Number::kFloat8: return run_of<Number::kFloat8>();
+    }
+  }
+
+  template <Number kNumber>
+  void run_of() {
+    p.head_dim == dim ? add_all<kNumber, true>() : add_all<kNumber, false>();
+  }
+
+  // kIsWhole: no register reaches behind a row of the cache.
+  template <Number kNumber, bool kIsWhole>
+  void add_all() {
     const int64_t first_head = item.first_row * p.num_heads + item.kv_head * groups;
     widen_rows_of<V>(p.q_number, p, p.q + first_head * p.head_dim * bytes_of(p.q_number), item.num_kv_heads * groups,
                      all_q, dim);
@@ -85,7 +102,7 @@ struct Single {
         wanted.want(p, item, item.kv_head + (is_last ? 0 : h + 1), next,
                     next < item.end_key ? least(kBlockKeys, item.end_key - next) : 0);
         turn_to(h);
-        add_keys(first, least(kBlockKeys, item.end_key - first));
+        add_keys<kNumber, kIsWhole>(first, least(kBlockKeys, item.end_key - first));
       }
     }
   }
@@ -98,38 +115,69 @@ struct Single {
     total = top + groups;
   }
 
+  template <Number kNumber, bool kIsWhole>
   void add_keys(int64_t first, int64_t count) {
     const int64_t padded = round_up(count, kWidth);
-    widen_keys<V>(p, item, head, 0, first, count, padded, keys, dim);
-    for (int64_t g = 0; g < groups; ++g) {
-      for (int64_t at = 0; at < padded; at += kWidth) {
-        score_keys(g, at);
-        wanted.fetch(kLinesAtOnce);
-      }
-    }
+    find_rows(0, first, count, padded, keys);
+    find_rows(1, first, count, padded, values);
+    int64_t g = 0;
+    for (; g + 4 <= groups; g += 4) score_keys<kNumber, kIsWhole, 4>(g, padded);
+    for (; g + 2 <= groups; g += 2) score_keys<kNumber, kIsWhole, 2>(g, padded);
+    for (; g < groups; ++g) score_keys<kNumber, kIsWhole, 1>(g, padded);
     scale_scores(first, count, padded);
-    for (int64_t g = 0; g < groups; ++g) {
+    for (g = 0; g < groups; ++g) {
       weigh(g, padded);
       wanted.fetch(kLinesAtOnce);
     }
     if (p.scales != nullptr) scale_weights(first, count);
-    widen_keys<V>(p, item, head, 1, first, count, count, keys, dim);
-    mix(count);
+    mix<kNumber, kIsWhole>(count);
     wanted.fetch_rest();
   }
 
-  // Raw products of a head with as many keys as a register has floats.
-  void score_keys(int64_t g, int64_t at) {
-    Reg sums[kWidth];
+  // Where the rows of some keys or values lie; those behind them are the last one's.
+  void find_rows(int which, int64_t first, int64_t count, int64_t padded, const uint8_t** rows) const {
+    const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
+    for_each_run(p, item, head, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
+      for (int64_t i = 0; i < n; ++i) rows[index + i] = p.values + (place + i) * row_bytes;
+    });
+    for (int64_t i = count; i < padded; ++i) rows[i] = rows[count - 1];
+  }
+
+  template <Number kNumber, bool kIsWhole>
+  Reg widened_row(const uint8_t* row, int64_t d) const {
+    const uint8_t* src = row + d * bytes_of(kNumber);
+    if constexpr (kIsWhole) return widened_whole<V, kNumber>(src);
+    const int64_t left = p.head_dim - d;
+    if (left <= 0) return V::zero();
+    return widen_some<V>(src, least(left, kWidth), bytes_of(kNumber), widened_whole<V, kNumber>);
+  }
+
+  // Raw products of some heads with all keys.
+  template <Number kNumber, bool kIsWhole, int kHeads>
+  void score_keys(int64_t g, int64_t padded) {
+    constexpr int kKeys = kWidth / kHeads;
+    for (int64_t at = 0; at < padded; at += kKeys) {
+      Reg sums[kWidth];
 #pragma GCC unroll 16
-    for (int i = 0; i < kWidth; ++i) sums[i] = V::zero();
-    const float* key = keys + at * dim;
-    for (int64_t d = 0; d < dim; d += kWidth) {
-      const Reg x = V::load(q + g * dim + d);
+      for (int i = 0; i < kWidth; ++i) sums[i] = V::zero();
+      for (int64_t d = 0; d < dim; d += kWidth) {
+        Reg x[kHeads];
+#pragma GCC unroll 4
+        for (int h = 0; h < kHeads; ++h) x[h] = V::load(q + (g + h) * dim + d);
 #pragma GCC unroll 16
-      for (int i = 0; i < kWidth; ++i) sums[i] = V::fma(x, V::load(key + i * dim + d), sums[i]);
+        for (int i = 0; i < kKeys; ++i) {
+          const Reg key = widened_row<kNumber, kIsWhole>(keys[at + i], d);
+#pragma GCC unroll 4
+          for (int h = 0; h < kHeads; ++h) sums[h * kKeys + i] = V::fma(x[h], key, sums[h * kKeys + i]);
+        }
+      }
+      float products[kWidth];
+      V::store(products, V::sums_of(sums));
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeads; ++h)
+        std::memcpy(scores + (g + h) * kBlockKeys + at, products + h * kKeys, kKeys * sizeof(float));
+      wanted.fetch(kLinesAtOnce);
     }
-    V::store(scores + g * kBlockKeys + at, V::sums_of(sums));
   }
 
   void scale_scores(int64_t first, int64_t count, int64_t padded) {
@@ -171,22 +219,24 @@ struct Single {
     }
   }
 
+  template <Number kNumber, bool kIsWhole>
   void mix(int64_t count) {
-    constexpr int kHeads = V::kMixHeads, kRegs = 4;
+    constexpr int kRegs = 4;
     int64_t d = 0;
-    for (; d + kRegs * kWidth <= dim; d += kRegs * kWidth) {
-      int64_t g = 0;
-      for (; g + kHeads <= groups; g += kHeads) mix_tile<kHeads, kRegs>(g, d, count);
-      for (; g < groups; ++g) mix_tile<1, kRegs>(g, d, count);
-    }
-    for (; d < dim; d += kWidth) {
-      int64_t g = 0;
-      for (; g + kHeads <= groups; g += kHeads) mix_tile<kHeads, 1>(g, d, count);
-      for (; g < groups; ++g) mix_tile<1, 1>(g, d, count);
-    }
+    for (; d + kRegs * kWidth <= dim; d += kRegs * kWidth) mix_heads<kNumber, kIsWhole, kRegs>(d, count);
+    for (; d < dim; d += kWidth) mix_heads<kNumber, kIsWhole, 1>(d, count);
   }
 
-  template <int kHeads, int kRegs>
+  template <Number kNumber, bool kIsWhole, int kRegs>
+  void mix_heads(int64_t d, int64_t count) {
+    constexpr int kHeads = V::kMixHeads;
+    int64_t g = 0;
+    for (; g + kHeads <= groups; g += kHeads) mix_tile<kNumber, kIsWhole, kHeads, kRegs>(g, d, count);
+    for (; g + 2 <= groups; g += 2) mix_tile<kNumber, kIsWhole, 2, kRegs>(g, d, count);
+    for (; g < groups; ++g) mix_tile<kNumber, kIsWhole, 1, kRegs>(g, d, count);
+  }
+
+  template <Number kNumber, bool kIsWhole, int kHeads, int kRegs>
   void mix_tile(int64_t g, int64_t d, int64_t count) {
     Reg sums[kHeads][kRegs];
 #pragma GCC unroll 8
@@ -198,13 +248,14 @@ struct Single {
     }
     for (int64_t i = 0; i < count; ++i) {
       wanted.fetch(1);
+      Reg value[kRegs];
+#pragma GCC unroll 8
+      for (int r = 0; r < kRegs; ++r) value[r] = widened_row<kNumber, kIsWhole>(values[i], d + r * kWidth);
 #pragma GCC unroll 8
       for (int h = 0; h < kHeads; ++h) {
         const Reg weight = V::all(scores[(g + h) * kBlockKeys + i]);
 #pragma GCC unroll 8
-        for (int r = 0; r < kRegs; ++r) {
-          sums[h][r] = V::fma(weight, V::load(keys + i * dim + d + r * kWidth), sums[h][r]);
-        }
+        for (int r = 0; r < kRegs; ++r) sums[h][r] = V::fma(weight, value[r], sums[h][r]);
       }
     }
 #pragma GCC unroll 8
