@@ -97,22 +97,22 @@ void for_each_run(const Problem& p, const Item& item, int64_t kv_head, int which
 
 // Asks for the keys and values behind these, up to `count`: their pages lie apart, which the processor cannot foresee.
 template <class V>
-void prefetch_keys(const Problem& p, const Item& item, int64_t kv_head, int64_t first, int64_t count) {
+void prefetch_keys(const Problem& p, const Item& item, int64_t first, int64_t count) {
   const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
   for (int which = 0; which < 2; ++which) {
-    for_each_run(p, item, kv_head, which, first, least(count, item.end_key - first), [&](int64_t place, int64_t n, int64_t) {
+    for_each_run(p, item, item.kv_head, which, first, least(count, item.end_key - first), [&](int64_t place, int64_t n, int64_t) {
       const uint8_t* src = p.values + place * row_bytes;
       for (int64_t at = 0; at < n * row_bytes; at += 64) __builtin_prefetch(src + at);
     });
   }
 }
 
-// Keys or values of a KV head as [padded count, dim], zeros behind the last: what lies there may be NaN.
+// Keys or values of the item's KV head as [padded count, dim], zeros behind the last: what lies there may be NaN.
 template <class V>
-void widen_keys(const Problem& p, const Item& item, int64_t kv_head, int which, int64_t first, int64_t count, int64_t padded, float* dst,
+void widen_keys(const Problem& p, const Item& item, int which, int64_t first, int64_t count, int64_t padded, float* dst,
                 int64_t dim) {
   const int64_t num_bytes = bytes_of(p.values_number);
-  for_each_run(p, item, kv_head, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
+  for_each_run(p, item, item.kv_head, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
     widen_rows_of<V>(p.values_number, p, p.values + place * p.head_dim * num_bytes, n, dst + index * dim, dim);
   });
   std::memset(dst + count * dim, 0, (padded - count) * dim * sizeof(float));

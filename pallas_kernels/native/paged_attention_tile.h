@@ -37,8 +37,8 @@ struct FmaProduct {
     }
   }
   void pack_keys(const Problem& p, const Item& item, int64_t first, int64_t count, float* keys, float* values) const {
-    widen_keys<V>(p, item, item.kv_head, 0, first, count, kBlockKeys, keys, dim);
-    widen_keys<V>(p, item, item.kv_head, 1, first, count, kBlockKeys, values, dim);
+    widen_keys<V>(p, item, 0, first, count, kBlockKeys, keys, dim);
+    widen_keys<V>(p, item, 1, first, count, kBlockKeys, values, dim);
   }
   // scores [kBlockKeys, kRows] of the first `count` keys, and of some more.
   void score(const float* q, const float* keys, int64_t count, float* scores) const {
@@ -127,7 +127,7 @@ struct Tile {
     for (int64_t first = item.first_key; first < item.end_key; first += kBlockKeys) {
       const int64_t count = least(kBlockKeys, item.end_key - first);
       product.pack_keys(p, item, first, count, keys, values);
-      prefetch_keys<V>(p, item, item.kv_head, first + kBlockKeys, kBlockKeys);
+      prefetch_keys<V>(p, item, first + kBlockKeys, kBlockKeys);
       if (p.scales != nullptr) {
         gather_scales<V>(p, item, item.kv_head, 0, first, count, p.score_factor(), key_factors);
         gather_scales<V>(p, item, item.kv_head, 1, first, count, 1, value_factors);
