@@ -1,12 +1,12 @@
 // A matmul with 4-bit weights in groups, multiplied as they come apart in the registers.
 //
-// Schedule: a chunk is 64 bytes of a weight's row, 128 inputs; each 32-bit lane holds eight of them, so a lane belongs to
-// one group of 32, 64 or 128. A chunk's products are summed within lanes and then scaled, lane by lane, by the scales of
-// sixteen groups that were multiplied by those of the activations, where these are rounded, all at once. Activations are
-// reordered once as the chunk comes apart; with them goes what zero points make of each lane: where every one is
-// kUint4Offset, the number that its sum begins with. Items are 16 rows of the weight, taken one by one so that memory is
-// read in order, with up to four rows of activations under way; their lanes are summed at an item's end. Few rows are
-// bound by reading the weight.
+// Schedule: a chunk is 64 bytes of a weight's row, 128 inputs; each 32-bit lane holds eight of them, so a lane belongs
+// to one group of 32, 64 or 128. A chunk's products are summed within lanes and then scaled, lane by lane; scales of the
+// weight and of activations, where these are rounded, are multiplied sixteen groups at once. Activations are reordered
+// once as the chunk comes apart; with them goes what zero points make of each lane: where every one is kUint4Offset, the
+// number that its sum begins with. Items are 16 rows of the weight, taken one by one so that memory is read in order,
+// with up to four rows of activations under way; their lanes are summed at an item's end. Few rows are bound by reading
+// the weight.
 #ifndef MILLRACE_NATIVE_NIBBLE_MATMUL_H_
 #define MILLRACE_NATIVE_NIBBLE_MATMUL_H_
 
@@ -37,7 +37,7 @@ inline __m512i group_of_lane(int64_t groups_of_chunk) {
 template <class Nibbles>
 struct ChunkRow {
   alignas(64) uint8_t values[Nibbles::kRowBytes];
-  // Of the values that meet each lane: their sum, or, where the weight is symmetric, what the sum of products begins with.
+  // Of the values that meet each lane: their sum or, where the weight is symmetric, what a sum of products begins with.
   alignas(64) typename Nibbles::Lanes lanes;
 };
 
@@ -123,8 +123,8 @@ void for_each_chunk(const Matmul& problem, int64_t row, const Body& body) {
   }
 }
 
-// to[m * kItemRows], lane by lane, for kM rows of activations and one of the weight, which is read from its first byte to
-// its last.
+// to[m * kItemRows], lane by lane, for kM rows of activations and one of the weight, which is read from its first byte
+// to its last.
 template <class Nibbles, int kM, bool kIsSymmetric>
 void nibble_dots(const Matmul& problem, int64_t weight_row, const NibbleRows<Nibbles>& x, int64_t first_row,
                  __m512* to) {

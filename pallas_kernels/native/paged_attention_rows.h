@@ -86,7 +86,8 @@ void widen_rows_of(Number number, const Problem& p, const uint8_t* src, int64_t 
 // Calls visit(place, num_places, index) for the runs of neighbouring places of a KV head's keys (0) or values (1)
 // first, first + 1, ..., first + count - 1.
 template <class Visit>
-void for_each_run(const Problem& p, const Item& item, int64_t kv_head, int which, int64_t first, int64_t count, const Visit& visit) {
+void for_each_run(const Problem& p, const Item& item, int64_t kv_head, int which, int64_t first, int64_t count,
+                  const Visit& visit) {
   for (int64_t index = 0; index < count;) {
     const int64_t position = first + index;
     const int64_t n = least(p.page_size - position % p.page_size, count - index);
@@ -100,7 +101,8 @@ template <class V>
 void prefetch_keys(const Problem& p, const Item& item, int64_t first, int64_t count) {
   const int64_t row_bytes = p.head_dim * bytes_of(p.values_number);
   for (int which = 0; which < 2; ++which) {
-    for_each_run(p, item, item.kv_head, which, first, least(count, item.end_key - first), [&](int64_t place, int64_t n, int64_t) {
+    const int64_t num_keys = least(count, item.end_key - first);
+    for_each_run(p, item, item.kv_head, which, first, num_keys, [&](int64_t place, int64_t n, int64_t) {
       const uint8_t* src = p.values + place * row_bytes;
       for (int64_t at = 0; at < n * row_bytes; at += 64) __builtin_prefetch(src + at);
     });
@@ -120,8 +122,8 @@ void widen_keys(const Problem& p, const Item& item, int which, int64_t first, in
 
 // What each of the keys' scores (0), or of the values' weights (1), is multiplied by, where the cache has scales.
 template <class V>
-void gather_scales(const Problem& p, const Item& item, int64_t kv_head, int which, int64_t first, int64_t count, float factor,
-                   float* dst) {
+void gather_scales(const Problem& p, const Item& item, int64_t kv_head, int which, int64_t first, int64_t count,
+                   float factor, float* dst) {
   for_each_run(p, item, kv_head, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
     for (int64_t i = 0; i < n; ++i) dst[index + i] = p.scales[place + i] * factor;
   });

@@ -36,7 +36,8 @@ struct Slots {
   }
 };
 
-// The parts of one query's keys for an item's KV heads: neighbours in a Work's items. Who takes num_left to 0 adds them up.
+// The parts of one query's keys for an item's KV heads: neighbours in a Work's items. Who takes num_left to 0 adds them
+// up.
 struct Parts {
   int64_t first_item = 0, num_parts = 0;
   std::atomic<int64_t> num_left{0};
@@ -77,7 +78,8 @@ struct Work {
   void add(const Problem& p, const Item& item, int64_t single) {
     items.push_back(item);
     parts_of.push_back(single);
-    multiply_adds += item.num_queries * item.num_kv_heads * p.num_groups() * (item.end_key - item.first_key) * p.head_dim * 2;
+    const int64_t num_rows = item.num_queries * item.num_kv_heads * p.num_groups();
+    multiply_adds += num_rows * (item.end_key - item.first_key) * p.head_dim * 2;
   }
 
   static int64_t first_key_of_single(const Problem& p, int64_t position) {

@@ -1,9 +1,10 @@
 // One query of a slot, and the G heads that share a KV head, for some KV heads, over a range of keys.
 //
-// Schedule: 64 keys at a time, of one KV head after the other, as a page has them, while those that come next are fetched.
-// Keys and values are widened to float32 where they are used, as a copy of them costs more. Scores are dot products along
-// H: tiles of heads x keys, as many as a register has floats, whose sums are then taken together. Weights times values are
-// register tiles of heads x H, with H along the lanes. The keys' bytes bound it, or a head's work where G is large.
+// Schedule: 64 keys at a time, of one KV head after the other, as a page has them, while those that come next are
+// fetched. Keys and values are widened to float32 where they are used, as a copy of them costs more. Scores are dot
+// products along H: tiles of heads x keys, as many as a register has floats, whose sums are then taken together. Weights
+// times values are register tiles of heads x H, with H along the lanes. The keys' bytes bound it, or a head's work where
+// G is large.
 #ifndef MILLRACE_NATIVE_PAGED_ATTENTION_SINGLE_H_
 #define MILLRACE_NATIVE_PAGED_ATTENTION_SINGLE_H_
 

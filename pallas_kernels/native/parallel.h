@@ -4,8 +4,8 @@
 // finish everything, however many handlers occupy the pool, and waits only for items that another thread is computing.
 // A scheduled task that starts late finds no item left and touches nothing but the counter, which it owns a share of.
 //
-// A thread that helped lingers for the next handler, which comes soon in a step: to wake one takes longer than many
-// handlers do. It holds one thread of the pool so long, of which there are more than handlers ask for.
+// A thread that helped a short handler lingers for the next one, which comes soon in a step: to wake a thread takes longer
+// than many handlers do. Behind long ones XLA's own work, which is long there too, finds all threads of the pool.
 //
 // Items that follow each other in memory are taken in runs, which memory likes; runs grow shorter towards the end, so
 // that threads end together.
@@ -25,7 +25,8 @@
 namespace millrace {
 
 inline constexpr int kSpinsBeforeSleep = 512;  // items are short, and waking a thread is not
-inline constexpr std::chrono::microseconds kLinger{100};
+inline constexpr std::chrono::microseconds kLinger{100};  // longer than XLA takes between two handlers of a short step
+inline constexpr std::chrono::microseconds kShort{2000};  // that a handler takes, for its helpers to linger
 
 inline void spin_once() {
 #if defined(__x86_64__)
@@ -33,27 +34,31 @@ inline void spin_once() {
 #endif
 }
 
-// Where threads of any pool wait for tasks, each on a seat of its own.
-class Bench {
+// Threads of any pool that wait for tasks, each on a seat of its own.
+class Helpers {
  public:
-  using Task = std::function<void()>;
+  using Task = std::function<bool()>;  // whether to linger behind it
 
   // Gives a task to a thread that lingers; false, and the task as it was, where none does.
   bool hand_over(Task& task) {
     for (std::atomic<Task*>& seat : seats_) {
       if (seat.load(std::memory_order_relaxed) != &nothing_yet_) continue;
-      auto* mine = new Task(std::move(task));
+      auto mine = std::make_unique<Task>(std::move(task));
       Task* expected = &nothing_yet_;
-      if (seat.compare_exchange_strong(expected, mine, std::memory_order_release, std::memory_order_relaxed)) return true;
+      if (seat.compare_exchange_strong(expected, mine.get(), std::memory_order_release, std::memory_order_relaxed)) {
+        mine.release();  // to who takes it
+        return true;
+      }
       task = std::move(*mine);
-      delete mine;
     }
     return false;
   }
 
-  // Runs tasks that are handed over, until none came for kLinger.
+  // Runs tasks that are handed over, until none comes for kLinger or one says so.
   void linger() {
-    while (std::unique_ptr<Task> task = wait()) (*task)();
+    while (std::unique_ptr<Task> task = wait()) {
+      if (!(*task)()) return;
+    }
   }
 
  private:
@@ -62,7 +67,10 @@ class Bench {
     for (std::atomic<Task*>& seat : seats_) {
       Task* expected = nullptr;
       if (!seat.compare_exchange_strong(expected, &nothing_yet_, std::memory_order_relaxed)) continue;
-      while (seat.load(std::memory_order_relaxed) == &nothing_yet_ && std::chrono::steady_clock::now() < until) spin_once();
+      while (seat.load(std::memory_order_relaxed) == &nothing_yet_) {
+        if (std::chrono::steady_clock::now() >= until) break;
+        spin_once();
+      }
       Task* given = seat.exchange(nullptr, std::memory_order_acquire);
       return std::unique_ptr<Task>(given == &nothing_yet_ ? nullptr : given);
     }
@@ -73,9 +81,9 @@ class Bench {
   Task nothing_yet_;  // its address is on a seat where somebody waits
 };
 
-inline Bench& bench() {
-  static auto* const bench = new Bench;  // threads may linger at exit
-  return *bench;
+inline Helpers& helpers() {
+  static auto* const helpers = new Helpers;  // kept: threads may linger at exit
+  return *helpers;
 }
 
 // How many of the items that are left a thread takes.
@@ -102,6 +110,7 @@ void parallel_for(Pool& pool, int64_t num_items, const Body& body) {
     std::atomic<int64_t> num_done{0};
     std::mutex mutex;
     std::condition_variable all_done;
+    const std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
   };
   auto shared = std::make_shared<Shared>();
   auto work = [shared, num_items, num_threads, &body] {
@@ -117,13 +126,17 @@ void parallel_for(Pool& pool, int64_t num_items, const Body& body) {
       std::lock_guard<std::mutex> lock(shared->mutex);
       shared->all_done.notify_all();
     }
-    return num_mine > 0;
+    return num_mine;
   };
+  const auto is_short = [shared] { return std::chrono::steady_clock::now() - shared->start < kShort; };
   for (int64_t thread = 1; thread < num_threads; ++thread) {
-    Bench::Task task = work;
-    if (bench().hand_over(task)) continue;
-    pool.Schedule([work] {
-      if (work()) bench().linger();
+    Helpers::Task task = [work, is_short] {
+      work();
+      return is_short();
+    };
+    if (helpers().hand_over(task)) continue;
+    pool.Schedule([work, is_short] {
+      if (work() > 0 && is_short()) helpers().linger();
     });
   }
   work();

@@ -75,6 +75,21 @@ void test_a_caller_whom_nobody_joins_does_all() {
   pool.run_all();  // late: the body and what it referred to are gone, which ASan would see
 }
 
+// Whoever lingers runs a task that was handed over, once, and nobody one that was not.
+void test_tasks_are_handed_to_who_lingers() {
+  for (int round = 0; round < 200; ++round) {
+    std::atomic<int> num_runs{0};
+    std::thread helper([] { helpers().linger(); });
+    Helpers::Task task = [&num_runs] { return ++num_runs < 0; };
+    bool is_given = false;
+    for (int turn = 0; turn < 20000 && !is_given; ++turn) is_given = helpers().hand_over(task);
+    helper.join();
+    CHECK(num_runs.load() == (is_given ? 1 : 0), "%d runs of a task that was %s", num_runs.load(),
+          is_given ? "given" : "kept");
+    CHECK(is_given || task, "a task that nobody took is gone");
+  }
+}
+
 // The others hold an item for so long that the caller goes to sleep, and must be woken.
 void test_a_caller_that_sleeps_is_woken() {
   Pool pool(3);
@@ -98,5 +113,6 @@ int main(int argc, char** argv) {
   millrace::test::test_every_item_is_done_once(random);
   millrace::test::test_handlers_that_fill_the_pool_end(random);
   millrace::test::test_a_caller_whom_nobody_joins_does_all();
+  millrace::test::test_tasks_are_handed_to_who_lingers();
   millrace::test::test_a_caller_that_sleeps_is_woken();
 }
