@@ -10,6 +10,8 @@ TESTS ?= tests
 # transformers, which may need another Python.
 PEERS ?= build/peers
 TORCH_PEERS ?= $(PEERS)
+# Medians of bench-cpu are of so many rounds, each of 7 minutes.
+ROUNDS ?= 3
 # Where compile-rack and compile-kernels find NVIDIA's compilers, or install them (4.8 GB; no GPU is needed).
 CUDA ?= build/cuda
 RACK := llama2_70b_gb300_nvl72
@@ -115,7 +117,7 @@ bench-cpu:
 	@.ci/venv bench
 	@$(install_llama_cpp)
 	@$(install_torch_peers)
-	@$(BIN)/python benchmarks/cpu_peers.py --peers=$(PEERS) --torch_peers=$(TORCH_PEERS)
+	@$(BIN)/python benchmarks/cpu_peers.py --peers=$(PEERS) --torch_peers=$(TORCH_PEERS) --rounds=$(ROUNDS)
 
 define install_cuda
 $(CUDA)/bin/python -c 'import jax_cuda13_plugin, millrace' 2>/dev/null || { $(BIN)/python -m venv $(CUDA) && \
