@@ -10,7 +10,7 @@ TESTS ?= tests
 # transformers, which may need another Python.
 PEERS ?= build/peers
 TORCH_PEERS ?= $(PEERS)
-# Medians of bench-cpu are of so many rounds, each of 7 minutes.
+# Medians of bench-cpu are of so many rounds, each of 5 minutes.
 ROUNDS ?= 3
 # Where compile-rack and compile-kernels find NVIDIA's compilers, or install them (4.8 GB; no GPU is needed).
 CUDA ?= build/cuda
