@@ -17,7 +17,6 @@ namespace millrace {
 namespace {
 
 inline constexpr int64_t kChunk = 128;  // inputs
-inline constexpr int64_t kLanesOfChunk = 16;
 inline constexpr int64_t kAhead = 4096;  // bytes: the hardware alone does not fetch far enough past what is computed on
 
 inline bool is_nibble_problem(const Matmul& problem) {
