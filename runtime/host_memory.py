@@ -21,7 +21,7 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def give_back() -> None:
-    """Return to the system what was freed: of loading and compiling, glibc would keep some 300 MB for later."""
+    """Return to the system what was freed: glibc would keep what loading and compiling took for later."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:  # other C libraries have none
         trim(0)

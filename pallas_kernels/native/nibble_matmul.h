@@ -102,22 +102,23 @@ struct LaneScales {
   }
 };
 
-// Calls body(chunk, its bytes, scales, shifts) for every chunk of a row of the weight, scales and shifts lane by lane.
-template <class Body>
-void for_each_chunk(const Matmul& problem, int64_t row, const Body& body) {
+// Calls begin(first group, the scales of sixteen groups from it on) and then body(chunk, its bytes, the group of each lane
+// among those) for every chunk that they scale, until all of a row of the weight was read.
+template <class Begin, class Body>
+void for_each_chunk(const Matmul& problem, int64_t row, const Begin& begin, const Body& body) {
   const Weight& weight = problem.weight;
   const int64_t num_chunks = problem.in_dim / kChunk, groups_of_chunk = weight.num_groups / num_chunks;
   const uint8_t* values = weight.values + row * weight.row_bytes;
   const __m512i step = _mm512_set1_epi32(static_cast<int>(groups_of_chunk));
   const int64_t chunks_at_once = 16 / groups_of_chunk;  // whose groups fill a vector
-  for (int64_t begin = 0; begin < num_chunks; begin += chunks_at_once) {
-    const LaneScales by(weight, row, begin * groups_of_chunk);
+  for (int64_t first = 0; first < num_chunks; first += chunks_at_once) {
+    begin(first * groups_of_chunk, LaneScales(weight, row, first * groups_of_chunk));
     __m512i index = group_of_lane(groups_of_chunk);
-    const int64_t end = std::min(num_chunks, begin + chunks_at_once);
-    for (int64_t chunk = begin; chunk < end; ++chunk, index = _mm512_add_epi32(index, step)) {
-      const uint8_t* codes = values + chunk * (kChunk / 2);
-      _mm_prefetch(codes + kAhead, _MM_HINT_T1);
-      body(chunk, codes, _mm512_permutexvar_ps(index, by.scales), _mm512_permutexvar_ps(index, by.shifts));
+    const int64_t end = std::min(num_chunks, first + chunks_at_once);
+    for (int64_t chunk = first; chunk < end; ++chunk, index = _mm512_add_epi32(index, step)) {
+      const uint8_t* bytes = values + chunk * (kChunk / 2);
+      _mm_prefetch(bytes + kAhead, _MM_HINT_T1);
+      body(chunk, bytes, index);
     }
   }
 }
@@ -127,17 +128,10 @@ void for_each_chunk(const Matmul& problem, int64_t row, const Body& body) {
 template <class Nibbles, int kM, bool kIsSymmetric>
 void nibble_dots(const Matmul& problem, int64_t weight_row, const NibbleRows<Nibbles>& x, int64_t first_row,
                  __m512* to) {
-  const Weight& weight = problem.weight;
-  const int64_t groups_of_chunk = weight.num_groups / x.num_chunks, chunks_at_once = 16 / groups_of_chunk;
-  const uint8_t* codes = weight.values + weight_row * weight.row_bytes;
-  const __m512i step = _mm512_set1_epi32(static_cast<int>(groups_of_chunk));
   const ChunkRow<Nibbles>* rows = x.chunks + first_row * x.num_chunks;
-  __m512 sums[kM];
+  __m512 sums[kM], scales[kM], shifts[kM];
   for (int m = 0; m < kM; ++m) sums[m] = _mm512_setzero_ps();
-  for (int64_t begin = 0; begin < x.num_chunks; begin += chunks_at_once) {
-    const int64_t first_group = begin * groups_of_chunk;
-    const LaneScales by(weight, weight_row, first_group);
-    __m512 scales[kM], shifts[kM];
+  const auto begin = [&](int64_t first_group, const LaneScales& by) {
     for (int m = 0; m < kM; ++m) {
       scales[m] = by.scales, shifts[m] = by.shifts;
       if constexpr (Nibbles::kRoundsRows) {
@@ -145,21 +139,17 @@ void nibble_dots(const Matmul& problem, int64_t weight_row, const NibbleRows<Nib
         scales[m] = _mm512_mul_ps(scales[m], mine), shifts[m] = _mm512_mul_ps(shifts[m], mine);
       }
     }
-    __m512i index = group_of_lane(groups_of_chunk);
-    const int64_t end = std::min(x.num_chunks, begin + chunks_at_once);
-    for (int64_t chunk = begin; chunk < end; ++chunk, index = _mm512_add_epi32(index, step)) {
-      const uint8_t* mine = codes + chunk * (kChunk / 2);
-      _mm_prefetch(mine + kAhead, _MM_HINT_T1);
-      const typename Nibbles::Chunk apart = Nibbles::load(mine);
-      for (int m = 0; m < kM; ++m) {
-        const ChunkRow<Nibbles>& row = rows[m * x.num_chunks + chunk];
-        const __m512 product = Nibbles::template dot<kIsSymmetric>(apart, row);
-        sums[m] = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, scales[m]), product, sums[m]);
-        if constexpr (!kIsSymmetric)
-          sums[m] = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, shifts[m]), Nibbles::sums_of(row), sums[m]);
-      }
+  };
+  for_each_chunk(problem, weight_row, begin, [&](int64_t chunk, const uint8_t* bytes, __m512i index) {
+    const typename Nibbles::Chunk apart = Nibbles::load(bytes);
+    for (int m = 0; m < kM; ++m) {
+      const ChunkRow<Nibbles>& row = rows[m * x.num_chunks + chunk];
+      const __m512 product = Nibbles::template dot<kIsSymmetric>(apart, row);
+      sums[m] = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, scales[m]), product, sums[m]);
+      if constexpr (!kIsSymmetric)
+        sums[m] = _mm512_fmadd_ps(_mm512_permutexvar_ps(index, shifts[m]), Nibbles::sums_of(row), sums[m]);
     }
-  }
+  });
   for (int m = 0; m < kM; ++m) to[m * kItemRows] = sums[m];
 }
 

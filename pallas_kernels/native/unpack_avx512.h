@@ -38,7 +38,13 @@ struct NibbleOrder {
   }
   static void dequantize(const Matmul& problem, int64_t row, Scratch&, int64_t, uint8_t* to, int64_t step_stride) {
     const __m512 table = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for_each_chunk(problem, row, [&](int64_t chunk, const uint8_t* codes, __m512 scales, __m512 shifts) {
+    __m512 scales_of_groups, shifts_of_groups;
+    const auto begin = [&](int64_t, const LaneScales& by) {
+      scales_of_groups = by.scales, shifts_of_groups = by.shifts;
+    };
+    for_each_chunk(problem, row, begin, [&](int64_t chunk, const uint8_t* codes, __m512i index) {
+      const __m512 scales = _mm512_permutexvar_ps(index, scales_of_groups);
+      const __m512 shifts = _mm512_permutexvar_ps(index, shifts_of_groups);
       __m512i words = _mm512_loadu_si512(codes);
       for (int t = 0; t < 8; t += 2) {
         // The permutation reads the lowest four bits of each lane alone.

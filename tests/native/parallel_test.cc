@@ -77,6 +77,7 @@ void test_a_caller_whom_nobody_joins_does_all() {
 
 // Whoever lingers runs a task that was handed over, once, and nobody one that was not.
 void test_tasks_are_handed_to_who_lingers() {
+  int num_given = 0;
   for (int round = 0; round < 200; ++round) {
     std::atomic<int> num_runs{0};
     std::thread helper([] { helpers().linger(); });
@@ -87,7 +88,9 @@ void test_tasks_are_handed_to_who_lingers() {
     CHECK(num_runs.load() == (is_given ? 1 : 0), "%d runs of a task that was %s", num_runs.load(),
           is_given ? "given" : "kept");
     CHECK(is_given || task, "a task that nobody took is gone");
+    num_given += is_given;
   }
+  CHECK(num_given > 0, "no task of 200 was taken");
 }
 
 // The others hold an item for so long that the caller goes to sleep, and must be woken.
