@@ -33,26 +33,24 @@ def choose_weights(config: RuntimeConfig, model: ModelConfig, platform: Platform
     plain = config.replace(quantization=PLAIN)
     if platform != "cpu" or config.dtype is not None or is_quantized(model):
         return WeightChoice(config=plain, model=model)
-    if (reason := _misfit(config, model)) is not None:
-        return WeightChoice(
-            config=plain, model=model, line=f"the checkpoint's own weights, not {CPU_DEFAULT}: {reason}"
-        )
     format = named_format(CPU_DEFAULT)
+    try:
+        quantized = _with_default(config, model, format)
+    except ConfigError as misfit:
+        return WeightChoice(
+            config=plain, model=model, line=f"the checkpoint's own weights, not {CPU_DEFAULT}: {misfit}"
+        )
     keep = f"--quantization={PLAIN} or --dtype={model.dtype} keeps the checkpoint's own"
     return WeightChoice(
         config=config.replace(quantization=CPU_DEFAULT),
-        model=with_formats(model, uniformly(format)),
+        model=quantized,
         format=format,
         line=f"{CPU_DEFAULT} weights (the default on a CPU; {keep})",
     )
 
 
-def _misfit(config: RuntimeConfig, model: ModelConfig) -> str | None:
-    """Why the default is not for this model or this config."""
+def _with_default(config: RuntimeConfig, model: ModelConfig, format: WeightFormat) -> ModelConfig:
+    """The model in the default's format; raises ConfigError where the default is not for it or for the config."""
     if not config.store and config.weights != "resident":
-        return f"with store off, weights={config.weights} reads a store as it is"
-    try:
-        with_formats(model, uniformly(named_format(CPU_DEFAULT)))
-    except ConfigError as error:
-        return str(error)
-    return None
+        raise ConfigError(f"with store off, weights={config.weights} reads a store as it is")
+    return with_formats(model, uniformly(format))

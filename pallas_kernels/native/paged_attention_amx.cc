@@ -64,8 +64,12 @@ inline __m512i halves_of(Number number, const uint8_t* src, int64_t n) {
   if (number == Number::kBfloat16) {
     return _mm512_maskz_loadu_epi16(n == 32 ? ~0u : (1u << n) - 1, src);
   }
-  const int64_t low = least(n, 16), high = n - low, num_bytes = bytes_of(number);
-  return narrowed(widened<Avx512>(number, src, low), widened<Avx512>(number, src + low * num_bytes, high));
+  return with_known(number, [&](auto known) {
+    constexpr Number kNumber = decltype(known)::kValue;
+    const int64_t low = least(n, 16);
+    return narrowed(widened_some<Avx512, kNumber>(src, low),
+                    widened_some<Avx512, kNumber>(src + low * bytes_of(kNumber), n - low));
+  });
 }
 
 struct AmxProduct {

@@ -17,35 +17,41 @@ namespace {
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
-// n <= V::kLanes numbers at src, with zeros behind them; reads nothing else.
-template <class V, class Widen>
-typename V::Floats widen_some(const uint8_t* src, int64_t n, int64_t num_bytes, Widen widen) {
-  if (n == V::kLanes) return widen(src);
-  uint8_t whole[64] = {};
-  std::memcpy(whole, src, n * num_bytes);
-  return widen(whole);
-}
+template <Number kNumber>
+struct Known {
+  static constexpr Number kValue = kNumber;
+};
 
-template <class V>
-typename V::Floats widened(Number number, const uint8_t* src, int64_t n) {
+// visit(Known<number>()).
+template <class Visit>
+auto with_known(Number number, const Visit& visit) {
   switch (number) {
-    case Number::kFloat32: return widen_some<V>(src, n, 4, V::load_float32);
-    case Number::kBfloat16: return widen_some<V>(src, n, 2, V::load_bfloat16);
-    case Number::kFloat16: return widen_some<V>(src, n, 2, V::load_float16);
-    case Number::kInt8: return widen_some<V>(src, n, 1, V::load_int8);
-    case Number::kFloat8: return widen_some<V>(src, n, 1, V::load_float8);
+    case Number::kFloat32: break;
+    case Number::kBfloat16: return visit(Known<Number::kBfloat16>());
+    case Number::kFloat16: return visit(Known<Number::kFloat16>());
+    case Number::kInt8: return visit(Known<Number::kInt8>());
+    case Number::kFloat8: return visit(Known<Number::kFloat8>());
   }
-  return V::zero();
+  return visit(Known<Number::kFloat32>());
 }
 
 // As many numbers at src as a register has floats.
 template <class V, Number kNumber>
-typename V::Floats widened_whole(const uint8_t* src) {
+typename V::Floats widened(const uint8_t* src) {
   if constexpr (kNumber == Number::kFloat32) return V::load_float32(src);
   if constexpr (kNumber == Number::kBfloat16) return V::load_bfloat16(src);
   if constexpr (kNumber == Number::kFloat16) return V::load_float16(src);
   if constexpr (kNumber == Number::kInt8) return V::load_int8(src);
   if constexpr (kNumber == Number::kFloat8) return V::load_float8(src);
+}
+
+// n <= V::kLanes numbers at src, with zeros behind them; reads nothing else.
+template <class V, Number kNumber>
+typename V::Floats widened_some(const uint8_t* src, int64_t n) {
+  if (n == V::kLanes) return widened<V, kNumber>(src);
+  uint8_t whole[64] = {};
+  std::memcpy(whole, src, n * bytes_of(kNumber));
+  return widened<V, kNumber>(whole);
 }
 
 template <class V>
@@ -59,28 +65,22 @@ void narrow(Number number, typename V::Floats x, uint8_t* dst, int64_t n) {
 }
 
 // Rows [num_rows, head_dim] at src to [num_rows, dim] at dst, zeros behind each; dim is a multiple of V::kLanes.
-template <class V, class Widen>
-void widen_rows(const Problem& p, const uint8_t* src, int64_t num_rows, int64_t num_bytes, float* dst, int64_t dim,
-                Widen widen) {
-  for (int64_t row = 0; row < num_rows; ++row, src += p.head_dim * num_bytes, dst += dim) {
-    int64_t at = 0;
-    for (; at + V::kLanes <= p.head_dim; at += V::kLanes) V::store(dst + at, widen(src + at * num_bytes));
-    for (; at < dim; at += V::kLanes) {
-      const int64_t n = at < p.head_dim ? p.head_dim - at : 0;
-      V::store(dst + at, widen_some<V>(src + at * num_bytes, n, num_bytes, widen));
-    }
-  }
-}
-
 template <class V>
-void widen_rows_of(Number number, const Problem& p, const uint8_t* src, int64_t num_rows, float* dst, int64_t dim) {
-  switch (number) {
-    case Number::kFloat32: return widen_rows<V>(p, src, num_rows, 4, dst, dim, V::load_float32);
-    case Number::kBfloat16: return widen_rows<V>(p, src, num_rows, 2, dst, dim, V::load_bfloat16);
-    case Number::kFloat16: return widen_rows<V>(p, src, num_rows, 2, dst, dim, V::load_float16);
-    case Number::kInt8: return widen_rows<V>(p, src, num_rows, 1, dst, dim, V::load_int8);
-    case Number::kFloat8: return widen_rows<V>(p, src, num_rows, 1, dst, dim, V::load_float8);
-  }
+void widen_rows(Number number, const Problem& p, const uint8_t* src, int64_t num_rows, float* dst, int64_t dim) {
+  with_known(number, [&](auto known) {
+    constexpr Number kNumber = decltype(known)::kValue;
+    constexpr int64_t kNumBytes = bytes_of(kNumber);
+    for (int64_t row = 0; row < num_rows; ++row, src += p.head_dim * kNumBytes, dst += dim) {
+      int64_t at = 0;
+      for (; at + V::kLanes <= p.head_dim; at += V::kLanes) {
+        V::store(dst + at, widened<V, kNumber>(src + at * kNumBytes));
+      }
+      for (; at < dim; at += V::kLanes) {
+        const int64_t n = at < p.head_dim ? p.head_dim - at : 0;
+        V::store(dst + at, widened_some<V, kNumber>(src + at * kNumBytes, n));
+      }
+    }
+  });
 }
 
 // Calls visit(place, num_places, index) for the runs of neighbouring places of a KV head's keys (0) or values (1)
@@ -115,7 +115,7 @@ void widen_keys(const Problem& p, const Item& item, int which, int64_t first, in
                 int64_t dim) {
   const int64_t num_bytes = bytes_of(p.values_number);
   for_each_run(p, item, item.kv_head, which, first, count, [&](int64_t place, int64_t n, int64_t index) {
-    widen_rows_of<V>(p.values_number, p, p.values + place * p.head_dim * num_bytes, n, dst + index * dim, dim);
+    widen_rows<V>(p.values_number, p, p.values + place * p.head_dim * num_bytes, n, dst + index * dim, dim);
   });
   std::memset(dst + count * dim, 0, (padded - count) * dim * sizeof(float));
 }

@@ -71,25 +71,17 @@ struct Single {
   }
 
   void run() {
-    switch (p.values_number) {
-      case Number::kFloat32: return run_of<Number::kFloat32>();
-      case Number::kBfloat16: return run_of<Number::kBfloat16>();
-      case Number::kFloat16: return run_of<Number::kFloat16>();
-      case Number::kInt8: return run_of<Number::kInt8>();
-      case Number::kFloat8: return run_of<Number::kFloat8>();
-    }
-  }
-
-  template <Number kNumber>
-  void run_of() {
-    p.head_dim == dim ? add_all<kNumber, true>() : add_all<kNumber, false>();
+    with_known(p.values_number, [&](auto known) {
+      constexpr Number kNumber = decltype(known)::kValue;
+      p.head_dim == dim ? add_all<kNumber, true>() : add_all<kNumber, false>();
+    });
   }
 
   // kIsWhole: no register reaches behind a row of the cache.
   template <Number kNumber, bool kIsWhole>
   void add_all() {
     const int64_t first_head = item.first_row * p.num_heads + item.kv_head * groups;
-    widen_rows_of<V>(p.q_number, p, p.q + first_head * p.head_dim * bytes_of(p.q_number), item.num_kv_heads * groups,
+    widen_rows<V>(p.q_number, p, p.q + first_head * p.head_dim * bytes_of(p.q_number), item.num_kv_heads * groups,
                      all_q, dim);
     for (int64_t h = 0; h < item.num_kv_heads; ++h) {
       turn_to(h);
@@ -147,10 +139,10 @@ struct Single {
   template <Number kNumber, bool kIsWhole>
   Reg widened_row(const uint8_t* row, int64_t d) const {
     const uint8_t* src = row + d * bytes_of(kNumber);
-    if constexpr (kIsWhole) return widened_whole<V, kNumber>(src);
+    if constexpr (kIsWhole) return widened<V, kNumber>(src);
     const int64_t left = p.head_dim - d;
     if (left <= 0) return V::zero();
-    return widen_some<V>(src, least(left, kWidth), bytes_of(kNumber), widened_whole<V, kNumber>);
+    return widened_some<V, kNumber>(src, least(left, kWidth));
   }
 
   // Raw products of some heads with all keys.

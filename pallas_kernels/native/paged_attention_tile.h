@@ -154,7 +154,7 @@ struct Tile {
       total[row] = has_sink ? 1 : 0;
       float* to = rows + i * dim;
       if (row >= num_rows) std::memset(to, 0, dim * sizeof(float));
-      else widen_rows_of<V>(p.q_number, p, p.q + offset_of(row) * bytes_of(p.q_number), 1, to, dim);
+      else widen_rows<V>(p.q_number, p, p.q + offset_of(row) * bytes_of(p.q_number), 1, to, dim);
     }
     product.pack_queries(rows, q + group * dim * kRows);
   }
