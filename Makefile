@@ -28,7 +28,7 @@ help:
 	@echo 'make format  let ruff rewrite the files'
 	@echo 'make parity  compare with transformers on fresh checkpoints (installs torch)'
 	@echo 'make parity-gguf  compare GGUF files with llama.cpp (builds it)'
-	@echo 'make bench   measure the numbers of the README again'
+	@echo 'make bench   measure steps, starts, artifacts and batches of the README again'
 	@echo 'make bench-weights  measure weights: loading, converting, streaming, beside llama.cpp (12 minutes)'
 	@echo 'make bench-cpu  measure decoding and prompts on this CPU, beside llama.cpp, CTranslate2 and transformers (takes long)'
 	@echo 'make compile-rack  plan Llama-2-70B on 72 GB300s and compile its programs, without a GPU (installs 4.8 GB)'

@@ -30,7 +30,7 @@ from cpu_start import measure_starts
 from machine_limits import MachineLimits
 from processes import Process, ProcessEnded, busy_s, cpu_s
 from report import write
-from weights_results import Results
+from results_log import Results
 
 MODELS = {"large": make_large, "embedded": make_embedded}
 BATCHES = (1, 8, 32, 64)

@@ -4,8 +4,8 @@ from pathlib import Path
 from statistics import median
 
 from processes import FOLDER
+from results_log import Results
 from startup import first_byte_s, generate_command
-from weights_results import Results
 
 PROMPT = range(17, 27)  # ten tokens
 LIMIT = 1.5  # times llama.cpp's

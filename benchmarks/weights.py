@@ -17,8 +17,8 @@ from pathlib import Path
 import disk
 from processes import ProcessEnded, ask_once, limit_kind
 from report import report
+from results_log import Results
 from weights_model import Files, make_model
-from weights_results import Results
 from weights_streaming import FULL_SETTING, QUICK_SETTING, measure_steps
 
 

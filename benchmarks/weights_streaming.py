@@ -18,8 +18,8 @@ from typing import Any
 import disk
 from processes import Process, ProcessEnded, memory_limit
 from report import RESULTS
+from results_log import Results
 from weights_model import FULL, QUICK, Files, Size
-from weights_results import Results
 
 BATCHES = (1, 8, 32, 64)
 NUM_STEPS = 1  # timed at a time; the rounds repeat it

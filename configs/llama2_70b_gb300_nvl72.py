@@ -5,8 +5,7 @@ from ..runtime.config import RuntimeConfig
 
 def get_config() -> RuntimeConfig:
     """Weights are 39.3 GB in nvfp4 (embedding in bfloat16, head in fp8), of the 297 GB of a GB300; a token of KV cache
-    in fp8 is 160 KiB: 160 GiB are 1,048,576. XLA plans with 80 % of a device's memory, so more would cost it its
-    schedule.
+    in fp8 is 160 KiB: 160 GiB are 1,048,576.
 
     Other meshes for the same rack, shorter steps for fewer sequences at once: --mesh=data=36,tensor=2,
     --mesh=data=18,tensor=4 (a host is a replica), --mesh=data=9,tensor=8 (as many devices as KV heads).

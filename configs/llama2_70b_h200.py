@@ -4,9 +4,7 @@ from ..runtime.config import RuntimeConfig
 
 
 def get_config() -> RuntimeConfig:
-    """Weights are 69.5 GB; a token of KV cache is 160 KiB (80 layers, 8 heads of 128): 44 GiB are 288,358 tokens.
-    XLA plans with 80 % of a device's memory, so more would cost it its schedule.
-    """
+    """Weights are 69.5 GB; a token of KV cache is 160 KiB (80 layers, 8 heads of 128): 44 GiB are 288,358 tokens."""
     return RuntimeConfig(
         model="meta-llama/Llama-2-70b-hf",
         dtype="bfloat16",

@@ -1,4 +1,4 @@
-"""Token embedding and the output head, which may share one table."""
+"""Token embedding, whose table the output head may share."""
 
 import jax.numpy as jnp
 from flax import nnx

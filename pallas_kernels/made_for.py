@@ -22,8 +22,8 @@ class ChipProblem(Protocol):
 
 
 def made_for(chip: Generation, package: str, function: str, *, several: str | None = None) -> Implementation[Any]:
-    """`function` of the module named after the chip in an operation's `package`, whose `unsupported` goes with it;
-    `several` names that for several weights, if there is one."""
+    """`function` of the module named after the chip in an operation's `package`; `several` names that for several
+    weights, if there is one. The module's `unsupported` is asked where the chip is there."""
 
     def named(function: str) -> Callable[..., Any]:
         def fn(*args: Any, **options: Any) -> Any:

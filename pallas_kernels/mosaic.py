@@ -1,4 +1,4 @@
-"""What every Mosaic GPU kernel here needs: tiles of shared memory, layouts of vectors, stores of ragged rows."""
+"""What every Mosaic GPU kernel here needs: tiles of shared memory, layouts of vectors, stores."""
 
 from collections.abc import Sequence
 from typing import Any

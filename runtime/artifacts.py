@@ -92,7 +92,7 @@ def write_artifact(
         platform = deployment.model.kernels.platform
         entries, calls_native = {}, False
         prepare_kernels(platform, show_progress=show_progress)
-        specs = program_specs(deployment.model, deployment.buckets, streams=deployment.sizes is not None)
+        specs = program_specs(deployment.model, deployment.buckets, streams=deployment.streams)
         with compiled_anew():
             each = compile_each(specs, show_progress=show_progress, compiler_options=compiler_options)
             for name, compiled, compile_s in each:
@@ -136,7 +136,7 @@ def load_programs(
     Raises:
       ConfigError: with everything in which the artifact differs from what is needed here, damaged files included.
     """
-    streams = deployment.sizes is not None
+    streams = deployment.streams
     manifest, specs = read_manifest(folder), program_specs(deployment.model, deployment.buckets, streams=streams)
     contents, damaged = {}, []
     for name in specs:

@@ -168,7 +168,7 @@ def _programs(deployment: Deployment, before_each: Callable[[], None]) -> Progra
     return compile_programs(
         deployment.model,
         deployment.buckets,
-        streams=deployment.sizes is not None,
+        streams=deployment.streams,
         show_progress=config.progress,
         before_each=before_each,
     )

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 
 from ..models.batch import StepBatch
 from .buckets import Bucket
-from .plan import ShardPlan, StepPlan, first_rows
+from .plan import ShardPlan, StepPlan, numbered
 from .sampling import SamplingRows, Wants
 from .sequence import Sequence
 
@@ -163,7 +163,7 @@ class Batcher:
         packed = np.zeros((len(plan.shards), layout.width), np.int32)
         flags = np.zeros(NUM_FLAGS, np.int32)
         views = layout.views(packed)
-        at = first_rows([part.num_rows for part in plan.shards])
+        at = numbered([part.num_rows for part in plan.shards])
         shard, slots = at[0], _slots(plan)
         self._fill_rows(views, plan, at, slots)
         if not bucket.is_decode:
@@ -186,7 +186,7 @@ class Batcher:
         params = views["params"].swapaxes(1, 2)  # [R, B, parameter]
         params[...] = _PADDING
         params[at] = self._params[at[0], slots]
-        decodes = at if plan.is_decode else first_rows([len(part.decoding) for part in plan.shards])
+        decodes = at if plan.is_decode else numbered([len(part.decoding) for part in plan.shards])
         views["budgets"][decodes] = np.concatenate([part.budgets for part in plan.shards])
         views["kv_lens"][decodes] = np.concatenate([part.positions for part in plan.shards]) + 1
         for r, part in enumerate(plan.shards):

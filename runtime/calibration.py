@@ -31,7 +31,9 @@ from ..pallas_kernels.quantized_matmul.error_feedback import quantize_with_feedb
 from ..pallas_kernels.quantized_matmul.formats import dequantize, quantize
 from ..sharding.mesh import make_mesh
 from ..sharding.rules import Placement
+from ..sharding.specs import whole_region
 from .quantizing import QuantizedLeaf
+from .texts import read_text, token_ids
 from .tokenizer import Tokenizer
 from .weights import Leaf
 from .windows import window_cache, window_step
@@ -59,30 +61,27 @@ class CalibrationText:
         return {"text_sha256": self.sha256, "num_tokens": self.tokens.size}
 
 
-def read_text(file: Path, tokenizer: Tokenizer | None, max_context_len: int) -> CalibrationText:
+def calibration_text(file: Path, tokenizer: Tokenizer | None, model: ModelConfig) -> CalibrationText:
     """Windows spread evenly over a text file, MAX_TOKENS in all.
 
     Raises:
-      ConfigError: it cannot be read, there is no tokenizer, or it has fewer than MIN_TOKENS tokens.
+      ConfigError: it cannot be read or is no text, there is no tokenizer, or the file has fewer than MIN_TOKENS tokens.
     """
     if tokenizer is None:
         raise ConfigError("calibrate needs the model's tokenizer, to make tokens of the text; it has none.")
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(_MAX_BYTES)
-        ids = np.asarray(tokenizer.encode(content.decode(errors="replace")), np.int32)
-    except OSError as error:
-        raise ConfigError(f"calibrate: {file} cannot be read ({error}). Give a file of text.") from error
+    text = read_text(file, f"calibrate: {file}", _MAX_BYTES)
+    ids = token_ids(tokenizer, text, model.vocab_size)
     if len(ids) < MIN_TOKENS:
         raise ConfigError(
             f"calibrate: {file} is too short: expected at least {MIN_TOKENS:,} tokens, got {len(ids):,}. Give a longer "
             f"text; up to {MAX_TOKENS:,} tokens are used."
         )
-    length = min(WINDOW_LEN, max_context_len)
+    length = min(WINDOW_LEN, model.max_context_len)
     count = min(len(ids), MAX_TOKENS) // length
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return CalibrationText(
-        tokens=np.stack([ids[start : start + length] for start in starts]), sha256=hashlib.sha256(content).hexdigest()
+        tokens=np.stack([ids[start : start + length] for start in starts]),
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
 
 
@@ -104,20 +103,22 @@ def fitted_layers(
     decoder = AbstractDecoder(model, jnp.dtype(jnp.float32))
     forward = _Forward(decoder, text.tokens.shape[1])
     streams = forward.embed({path: _read(leaf, None) for path, leaf in leaves.items() if _is_top(path)}, text.tokens)
-    for layer in tqdm(decoder.layers, desc="calibrating", unit="layer", delay=1, disable=not show_progress):
-        params = {
-            path.removeprefix(f"{layer.path}/"): _read(leaf, layer.index)
-            for path, leaf in leaves.items()
-            if path.startswith(f"{layer.path}/")
-        }
-        inputs = forward.observe(layer.spec, params, streams)
-        for path, each in quantized.items():
-            if path.startswith(f"{layer.path}/"):
-                name = path.removeprefix(f"{layer.path}/").removesuffix("/weight")
-                made = _fit(f"{layer.path}/{name}", params[f"{name}/weight"], inputs[name], each.format)
-                params[f"{name}/weight"] = np.asarray(dequantize(made))
-                yield layer.index, each.named(made)
-        streams = forward.run(layer.spec, params, streams)
+    num_windows = 2 * len(decoder.layers) * len(streams)  # each is computed for what it shows, and to go on
+    with tqdm(total=num_windows, desc="calibrating", unit="window", disable=not show_progress) as bar:
+        for layer in decoder.layers:
+            params = {
+                path.removeprefix(f"{layer.path}/"): _read(leaf, layer.index)
+                for path, leaf in leaves.items()
+                if path.startswith(f"{layer.path}/")
+            }
+            inputs = forward.observe(layer.spec, params, streams, bar.update)
+            for path, each in quantized.items():
+                if path.startswith(f"{layer.path}/"):
+                    name = path.removeprefix(f"{layer.path}/").removesuffix("/weight")
+                    made = _fit(f"{layer.path}/{name}", params[f"{name}/weight"], inputs[name], each.format)
+                    params[f"{name}/weight"] = np.asarray(dequantize(made))
+                    yield layer.index, each.named(made)
+            streams = forward.run(layer.spec, params, streams, bar.update)
 
 
 def _is_top(path: str) -> bool:
@@ -127,7 +128,7 @@ def _is_top(path: str) -> bool:
 def _read(leaf: Leaf, layer: int | None) -> np.ndarray:
     """A leaf, or one layer of it, in float32."""
     if layer is None or leaf.is_one_part:
-        region = tuple(slice(0, size) for size in leaf.spec.stored_shape)
+        region = whole_region(leaf.spec.stored_shape)
         first = () if layer is None else (slice(layer, layer + 1),)
         (values,) = leaf.parts[0].read([(*first, *region[len(first) :])])
         return values.astype(np.float32) if layer is None else values[0].astype(np.float32)
@@ -135,7 +136,7 @@ def _read(leaf: Leaf, layer: int | None) -> np.ndarray:
     for part in leaf.parts:
         if part.index[0] == layer:
             shape = made.shape[len(part.index) - 1 :]
-            made[part.index[1:]] = part.read([tuple(slice(0, size) for size in shape)])[0]
+            made[part.index[1:]] = part.read([whole_region(shape)])[0]
     return made
 
 
@@ -267,7 +268,11 @@ class _Forward:
         return [np.asarray(embed(params, window[None])) for window in tokens]
 
     def observe(
-        self, spec: LayerSpec, params: Mapping[str, np.ndarray], streams: list[np.ndarray]
+        self,
+        spec: LayerSpec,
+        params: Mapping[str, np.ndarray],
+        streams: list[np.ndarray],
+        on_window: Callable[[], object],
     ) -> dict[str, list[_Inputs]]:
         """The inputs of each projection, of each of its experts, while a layer computes all windows."""
         found: dict[str, list[_Inputs]] = {}
@@ -282,12 +287,22 @@ class _Forward:
                 for inputs, part in zip(found[name], parts, strict=True):
                     if len(part):
                         inputs.add(part)
+            on_window()
         return {name: found[first] for name in _projections(spec) if (first := _input_of(name)) is not None}
 
-    def run(self, spec: LayerSpec, params: Mapping[str, np.ndarray], streams: list[np.ndarray]) -> list[np.ndarray]:
+    def run(
+        self,
+        spec: LayerSpec,
+        params: Mapping[str, np.ndarray],
+        streams: list[np.ndarray],
+        on_window: Callable[[], object],
+    ) -> list[np.ndarray]:
         """The residual streams behind a layer."""
-        nested = jax.device_put(_nested(params))
-        return [np.asarray(self._layer(spec, self._plain, nested, x)) for x in streams]
+        nested, behind = jax.device_put(_nested(params)), []
+        for x in streams:
+            behind.append(np.asarray(self._layer(spec, self._plain, nested, x)))
+            on_window()
+        return behind
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def _layer(

@@ -17,8 +17,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from ..sharding.specs import Region
 from .safetensors_file import aligned_empty
-from .store_format import ArrayEntry, Region
+from .store_format import ArrayEntry
 
 _BLOCK_BYTES = 4096  # direct I/O: files, buffers and sizes in multiples of it
 _CRC_BYTES = 4

@@ -162,6 +162,11 @@ def _integer(name: str, value: Any, low: int, high: int, *, optional: bool) -> i
     return int(value)
 
 
+def dtype_of_weights(value: object) -> str | None:
+    """The canonical spelling of a dtype option; raises ConfigError where it is none."""
+    return _dtype("dtype", value, _DTYPE_SPELLINGS)
+
+
 def _dtype(name: str, value: object, spellings: Mapping[str, str]) -> str | None:
     """The canonical spelling."""
     if value is None:

@@ -24,11 +24,11 @@ from ..models.config import ModelConfig
 from ..models.decoder import AbstractDecoder
 from ..models.families import config_from_hf
 from ..models.families.quantization import CALIBRATION, KEY, quantization_config
-from ..models.quantization import uniformly, with_formats
+from ..models.quantization import is_quantized, uniformly, with_formats
 from ..pallas_kernels.quantized_matmul import WeightFormat
-from ..sharding.specs import ParamSpec
+from ..sharding.specs import ParamSpec, whole_region
 from .byte_bar import byte_bar
-from .calibration import CalibrationText, fitted_layers, read_text
+from .calibration import CalibrationText, calibration_text, fitted_layers
 from .checkpoint import CONFIG_FILE, Checkpoint
 from .param_tree import flatten
 from .quantizing import QuantizedLeaf, quantized_leaves
@@ -90,8 +90,11 @@ def convert(
     text = None
     if calibrate is not None:
         if quantization is None:
-            raise ConfigError("calibrate goes with the quantization of plain weights, as in --quantization=int4.")
-        text = read_text(calibrate, source.load_tokenizer(), model.max_context_len)
+            has = "the source's are quantized already" if is_quantized(model) else "quantization is not set"
+            raise ConfigError(
+                f"calibrate goes with the quantization of plain weights, as in --quantization=int4; {has}."
+            )
+        text = calibration_text(calibrate, source.load_tokenizer(), model)
     return write_store(source, model, dtype or own_dtype, place, quantization, text, show_progress=show_progress)
 
 
@@ -260,7 +263,7 @@ def _write_parts(
             return
         shape, part_bytes = job.leaf.spec.shape[len(part.index) :], job.part_bytes(part)
         with budget.hold(part.source_bytes + part_bytes):
-            values = part.read([tuple(slice(0, size) for size in shape)])[0]
+            values = part.read([whole_region(shape)])[0]
             for path, array in job.convert(values).items():
                 if path in unfinished:
                     writer.write_part(path, part.index, array)

@@ -34,6 +34,11 @@ class Deployment:
     weight_bytes: int  # on each device
 
     @property
+    def streams(self) -> bool:
+        """Whether weights are read layer by layer while steps run."""
+        return self.sizes is not None
+
+    @property
     def scheduler(self) -> SchedulerConfig:
         """The sizes that the scheduler works with."""
         config = self.config

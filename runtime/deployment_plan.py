@@ -148,7 +148,7 @@ def compiled_temporaries(deployment: Deployment, model: ModelConfig, machine: Ta
     except ConfigError:
         devices, is_exact = jax.devices("cpu"), machine.target.platform == "cpu"
     size = deployment.model.placement.mesh.size
-    if len(devices) < size or deployment.sizes is not None:
+    if len(devices) < size or deployment.streams:
         return None
     config = deployment.config if is_exact else deployment.config.replace(kernels=())
     mesh = make_mesh(dict(config.mesh or ()), devices)

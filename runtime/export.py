@@ -27,7 +27,7 @@ from ..models.families import config_from_hf
 from ..models.families.export import ExportPart, ExportTensor, export_config, export_plan
 from ..models.quantization import format_paths
 from ..pallas_kernels.quantized_matmul import WeightFormat
-from ..sharding.specs import ParamSpec
+from ..sharding.specs import ParamSpec, whole_region
 from .byte_bar import byte_bar
 from .checkpoint import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE
 from .param_tree import flatten
@@ -195,7 +195,7 @@ class _Weights:
             if format is not None and part.path.endswith("/weight"):
                 self._dequantize(part, place, format)
                 continue
-            region = (*(slice(i, i + 1) for i in part.index), *(slice(0, size) for size in place.shape))
+            region = (*(slice(i, i + 1) for i in part.index), *whole_region(place.shape))
             pending.append(self.store.start_read(part.path, region, place[(None,) * len(part.index)]))
         for read in pending:
             read.result()
@@ -208,8 +208,7 @@ class _Weights:
         for name in ("weight", "scales", "zeros", "global_scale", "offsets"):
             entry = self.store.arrays.get(prefix + name)
             if entry is not None:
-                rest = (slice(0, size) for size in entry.shape[len(part.index) :])
-                region = (*(slice(i, i + 1) for i in part.index), *rest)
+                region = (*(slice(i, i + 1) for i in part.index), *whole_region(entry.shape[len(part.index) :]))
                 stored = self.store.read(prefix + name, region)
                 arrays[name] = stored.reshape(stored.shape[len(part.index) :])
         dequantize_into(place, arrays, format)

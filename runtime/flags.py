@@ -34,6 +34,10 @@ class Group:
     options: tuple[Option, ...]
 
 
+LOG_LEVEL = Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error"))
+PROGRESS = Option("progress", "switch", "a progress bar on stderr", True)
+
+
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(item) for item in text.split(","))
 
@@ -99,7 +103,7 @@ RUNTIME = Group(
         Option("compile_cache_dir", "text", "where compiled programs are kept; an empty value turns that off"),
         Option("kernels", "text", "implementations by operation, as in paged_attention:reference"),
         Option("progress", "switch", "progress bars on stderr; on by default where stderr is a terminal"),
-        Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
+        LOG_LEVEL,
     ),
 )
 

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ConfigError
 from ..models.config import ModelConfig
 from ..models.families import config_from_hf
 from ..sharding.rules import Placement
-from ..sharding.specs import ParamSpec, SpecTree
+from ..sharding.specs import ParamSpec, Region, SpecTree, whole_region
 from .checkpoint import GENERATION_FILE, ModelFiles
 from .convert import convert, source_name
 from .executor import Executor
@@ -28,7 +28,7 @@ from .safetensors_file import check_finite
 from .sampling_params import OnWeightsUpdate
 from .spelling import nearest, shown
 from .store import Store, open_store
-from .store_format import Region, to_json
+from .store_format import to_json
 from .store_writer import save_store
 from .weights import Leaf, Part, alias, check_store, place_leaves, store_leaves
 from .weights import convert as to_dtype
@@ -217,7 +217,7 @@ def _check_values(leaves: Iterable[Leaf]) -> None:
     """
     for leaf in leaves:
         for part in leaf.parts:
-            region = tuple(slice(0, size) for size in leaf.spec.stored_shape[len(part.index) :])
+            region = whole_region(leaf.spec.stored_shape[len(part.index) :])
             check_finite(to_dtype(part.read([region])[0], leaf.spec.dtype, leaf.path), leaf.path)
 
 

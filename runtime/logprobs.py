@@ -8,8 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from ..sharding.rules import RULES, Placement
+from .limits import MAX_LOGPROBS
 
-MAX_LOGPROBS: Final = 20
 BLOCK_LEN: Final = 64
 """Rows of a prompt whose logits exist at the same time."""
 

@@ -15,7 +15,7 @@ from ..sharding.targets import TargetMachine
 from .batching import NUM_FLAGS, Layout
 from .config import RuntimeConfig
 from .deployment import Deployment
-from .logprobs import MAX_LOGPROBS
+from .limits import MAX_LOGPROBS
 from .sizes import bytes_of_page, slot_bytes, usable_bytes
 from .temporaries import step_temporaries
 

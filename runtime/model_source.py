@@ -19,8 +19,8 @@ from .generation_defaults import default_sampling_params, eos_token_ids
 from .gguf_checkpoint import SUFFIX as GGUF_SUFFIX
 from .gguf_checkpoint import open_gguf
 from .json_files import read_object
+from .limits import MAX_EOS_IDS
 from .sampling_params import SamplingParams
-from .slot_state import MAX_STOP_IDS
 from .store import Store, is_store, open_store
 from .store_root import is_url
 from .tokenizer import Tokenizer
@@ -58,8 +58,8 @@ def open_model(model: str, revision: str | None, quantization: str | None = None
         config = dataclasses.replace(config, dtype=weights.dtype)  # it may be converted to another than config.json's
     tokenizer = weights.load_tokenizer()
     eos_ids = eos_token_ids(weights.generation_config, weights.config, tokenizer.eos_id if tokenizer else None)
-    if len(eos_ids) > MAX_STOP_IDS // 2:
-        raise CheckpointError(f"{weights.path}: expected at most {MAX_STOP_IDS // 2} eos_token_id; got {len(eos_ids)}.")
+    if len(eos_ids) > MAX_EOS_IDS:
+        raise CheckpointError(f"{weights.path}: expected at most {MAX_EOS_IDS} eos_token_id; got {len(eos_ids)}.")
     return ModelSource(
         weights=weights,
         config=config,

@@ -71,7 +71,7 @@ class Progress:
     ended: tuple[Sequence, ...]  # because of these tokens
 
 
-def first_rows(counts: Items[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Shard and row of the first `counts[r]` rows of each shard r, shard by shard: an index of arrays [R, B, ...]."""
-    shard = np.repeat(np.arange(len(counts)), counts)
-    return shard, np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)
+def numbered(counts: Items[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """i and 0 ... counts[i] - 1 for each i: of rows of shards, an index of arrays [R, B, ...]."""
+    index = np.repeat(np.arange(len(counts)), counts)
+    return index, np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)

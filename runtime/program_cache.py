@@ -42,7 +42,7 @@ def kept_programs(
 
     `before_each` is called before each program, and may raise to stop.
     """
-    specs = program_specs(deployment.model, deployment.buckets, streams=deployment.sizes is not None)
+    specs = program_specs(deployment.model, deployment.buckets, streams=deployment.streams)
     folder = cache_dir / FOLDER / _key(deployment)
     made: dict[str, Program] = _load(specs, folder, before_each)
     missing = {name: spec for name, spec in specs.items() if name not in made}
@@ -52,7 +52,7 @@ def kept_programs(
                 made[name] = compiled
                 _keep(folder / f"{name}{SUFFIX}", compiled)
         _remove_oldest(folder.parent)
-    return join_programs(deployment.model, deployment.buckets, made, streams=deployment.sizes is not None)
+    return join_programs(deployment.model, deployment.buckets, made, streams=deployment.streams)
 
 
 def _key(deployment: Deployment) -> str:

@@ -1,7 +1,8 @@
 """The compiled programs, made before the first request from `program_specs`; nothing compiles after start.
 
-Resident weights: exactly one program per bucket. Streamed weights: three per bucket, embed, layer (one for each kind
-of layer) and head, which `StreamedStep` runs one after the other.
+Resident weights: one program per bucket. Streamed weights: three per bucket, embed, layer (one for each kind of layer)
+and head, which `StreamedStep` runs one after the other. And two for the slots' state: its first value, and requests
+that come in.
 """
 
 import contextlib

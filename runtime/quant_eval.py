@@ -28,7 +28,7 @@ from .deployment import Deployment, deploy
 from .model_source import ModelSource, open_model
 from .quantizing import load_quantized
 from .steps import StepModel
-from .tokenizer import Tokenizer
+from .texts import token_ids
 from .weights import load_params
 from .windows import window_batch
 
@@ -88,16 +88,18 @@ class _Sums(NamedTuple):
 # ---- the text
 
 
-def make_windows(tokenizer: Tokenizer, texts: Sequence[str], window_len: int, max_tokens: int | None = None) -> Windows:
+def make_windows(source: ModelSource, texts: Sequence[str], window_len: int, max_tokens: int | None = None) -> Windows:
     """The texts one after the other; `max_tokens` keeps as many tokens of their beginning.
 
     Raises:
-      ConfigError: there is less than one window.
+      ConfigError: there is less than one window, nothing but special tokens, or a token that the model does not know.
     """
+    tokenizer = source.tokenizer
+    assert tokenizer is not None
     rows: list[np.ndarray] = []
     num_bytes = 0
     for text in texts:
-        ids = np.asarray(tokenizer.encode(text), np.int32)
+        ids = _first_ids(source, text, max_tokens)
         is_special = np.isin(ids, list(tokenizer.special_ids))
         rows.append(np.stack([ids[:-1], np.where(is_special[1:], _UNSCORED, ids[1:])]))
         first = [] if not len(ids) or is_special[0] else [int(ids[0])]
@@ -114,7 +116,21 @@ def make_windows(tokenizer: Tokenizer, texts: Sequence[str], window_len: int, ma
         )
     missing = -stream.shape[1] % window_len
     tokens, targets = np.pad(stream, ((0, 0), (0, missing)), constant_values=((0, 0), (0, _UNSCORED)))
+    if num_bytes <= 0 or (targets == _UNSCORED).all():
+        raise ConfigError("the text has nothing to score: all its tokens are special ones. Give another text.")
     return Windows(tokens.reshape(-1, window_len), targets.reshape(-1, window_len), num_bytes)
+
+
+def _first_ids(source: ModelSource, text: str, most: int | None) -> np.ndarray:
+    """The tokens of a text, or of so much of its beginning that there are more than `most`."""
+    assert source.tokenizer is not None
+    length = len(text) if most is None else 16 * most
+    while True:
+        ids = token_ids(source.tokenizer, text[:length], source.config.vocab_size)
+        # The last tokens might be others if more of the text followed.
+        if length >= len(text) or (most is not None and len(ids) > most + 64):
+            return ids
+        length *= 4
 
 
 # ---- the models
@@ -163,16 +179,21 @@ def _candidate(plain: _Loaded, candidate: Candidate, config: RuntimeConfig, sour
     mesh, window_len = plain.model.placement.mesh, plain.model.max_context_len
     config = config.replace(dtype=plain.deployment.config.dtype, kv_cache_dtype=candidate.kv_cache_dtype)
     if candidate.path is not None:
-        other = open_model(candidate.path, None)
-        shapes, expected = (dataclasses.replace(without_formats(s.config), dtype="float32") for s in (other, source))
-        if shapes != expected:
-            raise ConfigError(f"{candidate.path} is another model than {config.model}: expected the same shapes.")
-        return _load(other, config, mesh, window_len)
+        return _load(_open_other(candidate.path, config, source), config, mesh, window_len)
     if candidate.format is None:
         return _Loaded(deployment=_deploy(config, source.config, mesh, window_len), params=plain.params)
     format = parse_format(candidate.format)
     model = with_formats(source.config, uniformly(format))
     return _load(dataclasses.replace(source, config=model, quantization=format), config, mesh, window_len)
+
+
+def _open_other(path: str, config: RuntimeConfig, source: ModelSource) -> ModelSource:
+    """A quantized model; raises ConfigError if it is not one of the plain model."""
+    other = open_model(path, None)
+    shapes, expected = (dataclasses.replace(without_formats(s.config), dtype="float32") for s in (other, source))
+    if shapes != expected:
+        raise ConfigError(f"{path} is another model than {config.model}: expected the same shapes.")
+    return other
 
 
 # ---- the forward
@@ -269,6 +290,9 @@ def evaluate(
             f"{config.model} is quantized: expected the plain model, for others to be compared with. Give that as "
             "--model, and this one as --quantized."
         )
+    for candidate in candidates:  # before anything is computed
+        if candidate.path is not None:
+            _open_other(candidate.path, config, source)
     plain = _load(source, config, mesh, windows.tokens.shape[1])
     pairs = _in_steps(windows, plain.model.placement.num_shards)
     with tqdm(total=(1 + len(candidates)) * len(pairs), unit="step", disable=not config.progress) as bar:

@@ -18,10 +18,9 @@ from ..models.quantization import format_paths, without_formats
 from ..pallas_kernels.quantized_matmul.contract import QuantizedWeight, WeightFormat
 from ..pallas_kernels.quantized_matmul.formats import dequantize_part, global_scale, quantize_part
 from ..sharding.rules import Placement
-from ..sharding.specs import ParamSpec, SpecTree
+from ..sharding.specs import ParamSpec, Region, SpecTree, whole_region
 from .param_tree import flatten
 from .safetensors_file import check_finite
-from .store import Region
 from .weights import Leaf, Part, Source, place_leaves, source_leaves
 
 _SLAB_VALUES = 1 << 17  # rounded in one go: the temporaries stay in the cache
@@ -95,7 +94,7 @@ class QuantizedLeaf:
         shape = self.source.spec.stored_shape[len(part.index) :]
 
         def read(regions: Sequence[Region]) -> list[np.ndarray]:
-            values = part.read([tuple(slice(0, size) for size in shape)])[0]
+            values = part.read([whole_region(shape)])[0]
             made = self.quantize(values)[path]
             return [made[region] for region in regions]
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from ..errors import InvalidRequestError
+from .limits import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 from .sampling_params import SamplingParams
 from .tokenizer import Tokenizer
 
@@ -25,8 +26,6 @@ __all__ = [
 
 Prompt = str | Sequence[int]
 FinishReason = Literal["stop", "length", "abort"]
-
-MAX_BAD_WORDS, MAX_BAD_WORD_LEN = 128, 16  # token sequences after tokenizing, and tokens in each
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -129,9 +128,7 @@ def validate(
         request_id=request_id,
         prompt=prompt if isinstance(prompt, str) else text,
         prompt_token_ids=prompt_ids,
-        params=params
-        if params.seed is not None
-        else params.replace(seed=(seeds or random.SystemRandom()).getrandbits(64)),
+        params=params,
         max_new_tokens=min(params.max_tokens or limits.max_context_len, limits.max_context_len - len(prompt_ids)),
         eos_ids=eos_ids,
         stop_ids=eos_ids | frozenset(params.stop_token_ids),

@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, get_args
 
 from ..errors import InvalidRequestError
+from .limits import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from .spelling import nearest, shown
 
 MAX_TOKEN_COUNT = 2**24  # past every context and vocabulary; a larger number is a mistake, "no limit" is None
-MAX_STOP_TOKEN_IDS = 32
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 32, 512
 OnWeightsUpdate = Literal["drain", "immediate"]
 MIN_TEMPERATURE = 0.01  # vLLM's: below it logits / temperature loses its meaning, and near 0 it overflows
@@ -38,8 +38,8 @@ _INTEGERS = {
 _INTEGERS_OR_NONE = {
     "max_tokens": _Range(1, MAX_TOKEN_COUNT),
     "seed": _Range(0, 2**64 - 1),
-    "logprobs": _Range(0, 20),
-    "prompt_logprobs": _Range(0, 20),
+    "logprobs": _Range(0, MAX_LOGPROBS),
+    "prompt_logprobs": _Range(0, MAX_LOGPROBS),
 }
 # The outer bounds of temperature and repetition_penalty keep float32 logits finite; vLLM leaves some of them open.
 _NUMBERS = {

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .plan import Chunk, Progress, ShardPlan, StepPlan, first_rows
+from .plan import Chunk, Progress, ShardPlan, StepPlan, numbered
 from .request import FinishReason, Request
 from .sequence import Sequence, Status
 from .shard import Shard, SlotArrays
@@ -255,7 +255,7 @@ class Scheduler:
 
     def _find_eventful(self, plan: StepPlan, tokens: np.ndarray) -> np.ndarray:
         """Whether each decoding row of all shards may do more than take its tokens: end, or fill a page."""
-        at = first_rows([len(part.decoding) for part in plan.shards])
+        at = numbered([len(part.decoding) for part in plan.shards])
         may_end = ((tokens < 0) | np.isin(tokens, list(self._stop_ids))).any(axis=0)[at]
         before = np.concatenate([part.positions for part in plan.shards])
         after = before + np.concatenate([part.budgets for part in plan.shards])

@@ -3,6 +3,7 @@
 import numpy as np
 
 from .pages import PagePool
+from .plan import numbered
 from .sequence import Sequence, Status
 
 
@@ -25,8 +26,7 @@ class SlotArrays:
 
     def append_pages(self, at: tuple[np.ndarray, np.ndarray], counts: np.ndarray, pages: list[int]) -> None:
         """Enter the next pages of the slots `at` (shards, slots) into their tables; `counts` of them each, in order."""
-        entry = np.repeat(np.arange(len(counts)), counts)
-        offset = np.arange(len(entry)) - np.repeat(np.cumsum(counts) - counts, counts)
+        entry, offset = numbered(counts)
         shards, slots = at
         self.page_tables[shards[entry], slots[entry], self.num_pages[at][entry] + offset] = pages
         self.num_pages[at] += counts

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-RECENT_LEN: Final = 16
-"""Tokens of a sequence that a slot remembers, so also the longest bad word."""
-MAX_BAD_WORDS: Final = 128
-MAX_STOP_IDS: Final = 64
+from .limits import MAX_BAD_WORD_LEN, MAX_BAD_WORDS, MAX_EOS_IDS, MAX_STOP_TOKEN_IDS
+
+RECENT_LEN: Final = MAX_BAD_WORD_LEN
+"""Tokens of a sequence that a slot remembers."""
+MAX_STOP_IDS: Final = MAX_STOP_TOKEN_IDS + MAX_EOS_IDS
 """A request's stop_token_ids and the model's end of sequence ids."""
 IN_PROMPT: Final = 1 << 30
 """Bit of a count that says: the token is in the prompt. The bits below it count how often it was generated."""

@@ -17,6 +17,7 @@ import tensorstore
 
 from ..errors import CheckpointError
 from ..models.families.quantization import KEY as QUANTIZATION_KEY
+from ..sharding.specs import Region
 from .checkpoint import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, ModelFiles, read_model_files
 from .chunk_files import ChunkFiles
 from .json_files import parse_object
@@ -29,8 +30,6 @@ from .store_format import (
     MANIFEST_FILE,
     ArrayEntry,
     FileEntry,
-    Region,
-    array_folder,
     array_key,
     file_entry,
     parse_array_entry,
@@ -39,7 +38,7 @@ from .store_format import (
 )
 from .store_root import STALL_S, StoreRoot, is_url, open_root
 
-__all__ = ["ArrayEntry", "FileEntry", "PendingRead", "Region", "Store", "array_folder", "is_store", "open_store"]
+__all__ = ["ArrayEntry", "FileEntry", "PendingRead", "Store", "is_store", "open_store"]
 
 MIRROR_DIR = Path("~/.cache/millrace/files")  # tokenizers want paths: the small files of stores elsewhere
 _MIRRORED = (CONFIG_FILE, GENERATION_FILE, *TOKENIZER_FILES)

@@ -8,7 +8,8 @@ import numpy as np
 import tensorstore
 
 from ..errors import CheckpointError
-from .store_format import ArrayEntry, Region, array_key, zarr_metadata
+from ..sharding.specs import Region
+from .store_format import ArrayEntry, array_key, zarr_metadata
 from .store_root import StoreRoot, io_context, remedy
 
 

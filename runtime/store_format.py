@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CheckpointError
+from ..sharding.specs import Region
 from .safetensors_file import DTYPES
 
 MANIFEST_FILE = "manifest.json"
@@ -32,8 +33,6 @@ FORMAT_VERSION = 2
 PLAIN = "plain"  # the layout [out, in]
 MAX_PIECES = 8  # of one axis: what a tensor axis may ask for, in chunks as large as can be
 _DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
-
-type Region = tuple[slice, ...]  # one slice per dimension, with start and stop
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CheckpointError
+from ..sharding.specs import Region
 from .byte_bar import byte_bar
 from .param_tree import flatten
 from .store import Store, open_store
-from .store_format import JOURNAL_FILE, LOCK_FILE, MANIFEST_FILE, PARAMS_FOLDER, Region, array_key
+from .store_format import JOURNAL_FILE, LOCK_FILE, MANIFEST_FILE, PARAMS_FOLDER, array_key
 
 _NUM_READERS = 4
 

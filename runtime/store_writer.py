@@ -23,7 +23,7 @@ from ..errors import CheckpointError
 from ..models.families.quantization import KEY as QUANTIZATION_KEY
 from ..models.quantization import is_beside_values
 from ..sharding.rules import RULES
-from ..sharding.specs import ParamSpec, SpecTree
+from ..sharding.specs import ParamSpec, Region, SpecTree
 from .checkpoint import CONFIG_FILE
 from .param_tree import flatten
 from .safetensors_file import check_finite
@@ -38,7 +38,6 @@ from .store_format import (
     PARAMS_FOLDER,
     TREE_FILE,
     ArrayEntry,
-    Region,
     array_key,
     array_row,
     file_entry,
@@ -55,7 +54,7 @@ _IN_FLIGHT_BYTES = 32 << 20  # of one array, on their way to the disk
 
 
 def chunk_shape(spec: ParamSpec, min_bytes: int = MIN_CHUNK_BYTES) -> tuple[int, ...]:
-    """One layer, and of each axis that a mesh may shard a piece: whole experts, or up to a sixteenth of the rest."""
+    """One layer, and of each axis that a mesh may shard a piece: whole experts, or up to an eighth of the rest."""
     chunk = [1 if axis == "layers" else size for axis, size in zip(spec.axes, spec.stored_shape, strict=True)]
     for i, (axis, size) in enumerate(zip(spec.axes, spec.stored_shape, strict=True)):
         if axis not in RULES:

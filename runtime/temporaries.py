@@ -8,8 +8,8 @@ from ..models.config import LayerSpec, ModelConfig, MoeSpec
 from ..models.quantization import quantized_projections
 from ..sharding.rules import Placement
 from .config import RuntimeConfig
+from .limits import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
 from .logprobs import BLOCK_LEN
-from .slot_state import MAX_BAD_WORDS, RECENT_LEN
 
 # How many arrays of a kind are alive at once, at most; read off `memory_analysis` of programs (tests/runtime).
 _STREAMS = 6  # [T, D]: the residual stream, its norm, and both again in float32
@@ -61,7 +61,7 @@ def _received(mlp: MoeSpec, model: ModelConfig, placement: Placement) -> int:
 def _row(model: ModelConfig, placement: Placement) -> int:
     """Bytes for each row of the batch: the keys and values that it is at, and its bad words beside its last tokens."""
     heads = max(model.num_kv_heads, placement.size("tensor")) // placement.size("tensor")
-    return 4 * _BLOCK_KEYS * heads * model.head_dim * _FLOAT + 2 * MAX_BAD_WORDS * RECENT_LEN * _FLOAT
+    return 4 * _BLOCK_KEYS * heads * model.head_dim * _FLOAT + 2 * MAX_BAD_WORDS * MAX_BAD_WORD_LEN * _FLOAT
 
 
 def _dequantized_weight(model: ModelConfig, placement: Placement, itemsize: int) -> int:

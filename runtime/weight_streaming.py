@@ -22,9 +22,10 @@ from tqdm import tqdm
 from ..errors import CheckpointError, ConfigError
 from ..models.decoder import AbstractDecoder, LayerParams, Params
 from ..sharding.rules import Placement
+from ..sharding.specs import Region
 from .param_tree import flatten
 from .safetensors_file import aligned_empty
-from .store import PendingRead, Region, Store
+from .store import PendingRead, Store
 from .weights import check_store, convert, place_leaves, shard_regions, store_leaves
 
 type Progress = Callable[[Sequence[int], str], Iterable[int]]  # layer numbers again, with a bar named by the text
@@ -112,7 +113,7 @@ class LayerShape:
                 for stored, within in self.specs[shard.leaf].stored_regions(shard.region):
                     region = (slice(layer.index, layer.index + 1), *stored)
                     if store.arrays[path].dtype == view.dtype:
-                        pending.append(store.start_read(path, region, view[within][None]))
+                        pending.append(store.start_read(path, region, view[(None, *within)]))
                     else:  # one after the other, so that little lies beside the rooms
                         view[within] = convert(store.read(path, region)[0], view.dtype, path)
             except CheckpointError as error:

@@ -21,12 +21,12 @@ from ..models.config import ModelConfig
 from ..models.families.plan import LeafPlan, Piece
 from ..models.quantization import is_scale
 from ..sharding.rules import Placement
-from ..sharding.specs import ParamSpec, SpecTree
+from ..sharding.specs import ParamSpec, Region, SpecTree, whole_region
 from .byte_bar import byte_bar
 from .checkpoint import Checkpoint
 from .param_tree import flatten
 from .safetensors_file import check_finite
-from .store import Region, Store
+from .store import Store
 
 _SMALL_BYTES = 16 << 20  # leaves up to here are put together on the host: no program is compiled for them
 _NUM_WHOLE = 2  # leaves put together on the host at once: while one ends, the next one's chunks are on their way
@@ -129,7 +129,7 @@ def _place_whole(leaf: Leaf, placement: Placement) -> jax.Array:
     whole = np.empty(spec.stored_shape, spec.dtype)
     for part in leaf.parts:
         shape = whole.shape[len(part.index) :]
-        whole[part.index] = convert(part.read([_full(shape)])[0], spec.dtype, leaf.path)
+        whole[part.index] = convert(part.read([whole_region(shape)])[0], spec.dtype, leaf.path)
     return _place(leaf.path, Part((), lambda regions: [whole[region] for region in regions]), spec, placement)
 
 
@@ -181,11 +181,7 @@ def shard_regions(
 
 def _key(region: Region | None, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Start and stop along each dimension; equal regions may be written as unequal slices."""
-    return tuple(part.indices(size)[:2] for part, size in zip(region or _full(shape), shape, strict=True))
-
-
-def _full(shape: tuple[int, ...]) -> Region:
-    return tuple(slice(0, size) for size in shape)
+    return tuple(part.indices(size)[:2] for part, size in zip(region or whole_region(shape), shape, strict=True))
 
 
 def convert(values: np.ndarray, dtype: np.dtype, path: str) -> np.ndarray:
@@ -256,9 +252,10 @@ def _check_piece(
     piece.check_dtypes({name: checkpoint.dtype(name) for name in piece.names})
     dtype = checkpoint.dtype(piece.names[0])
     if piece.source.packing is None and dtype != spec.dtype and not (_is_float(dtype) and _is_float(spec.dtype)):
+        wanted = "floating-point weights" if _is_float(spec.dtype) else f"{path} as {spec.dtype}"
         raise CheckpointError(
-            f"{checkpoint.path}: {names}: expected floating-point weights; got {dtype}. Quantized weights of this "
-            "kind are not read: use the model's unquantized checkpoint."
+            f"{checkpoint.path}: {names}: expected {wanted}; got {dtype}. Weights that are quantized otherwise than "
+            "config.json says are not read: use the model's unquantized checkpoint."
         )
 
 

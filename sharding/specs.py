@@ -1,13 +1,18 @@
 """What an array is before it exists: one abstract tree yields shardings, initial values and the restore target."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from .axes import Axes
 
-type Region = tuple[slice, ...]
+type Region = tuple[slice, ...]  # one slice per dimension, with start and stop
+
+
+def whole_region(shape: Iterable[int]) -> Region:
+    """The region that is all of an array."""
+    return tuple(slice(0, size) for size in shape)
 
 
 @dataclasses.dataclass(frozen=True)

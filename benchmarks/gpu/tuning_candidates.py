@@ -31,7 +31,9 @@ _GRIDS: Mapping[str, tuple[str, Sequence[Mapping[str, Sequence[int]]]]] = {
     "decode float8_e4m3fn 256 x 2k": ("decode_float8_e4m3fn_128", [{"stages": [2, 3, 4], "ctas_per_sm": [3, 4, 5]}]),
     "decode int8 256 x 2k": ("decode_int8_128", [{"stages": [2, 3, 4], "ctas_per_sm": [3, 4]}]),
     **{f"decode {cache} 4 x 64k": ("split", [{"num_items": [512, 2048]}]) for cache in ("bfloat16", "float8_e4m3fn")},
-    "prefill bfloat16 4k": ("prefill_16bit_128", [{"stages": [2, 3]}]),
+    **{f"prefill bfloat16 {length}": ("prefill_16bit_128", [
+        {"stages": [3]}, {"overlapped": [1]}, {"block_keys": [128], "stages": [2, 3], "overlapped": [0, 1]},
+    ]) for length in ("4k", "16k")},
     "gated fp8 70b_down M=1536": ("rows", [{"units": [7]}]),
     "gated fp8 8b_down M=1536": ("rows", [{"units": [2, 7]}]),
 }  # fmt: skip

@@ -98,7 +98,7 @@ def make_loss(config: ModelConfig) -> Loss:
 
 
 def make_optimizer(num_steps: int, learning_rate: float) -> optax.GradientTransformation:
-    """Muon for the stacked matrices [L, out, in], Adam for embedding and norms; warm-up, then a linear decay to 0."""
+    """Muon for the stacked matrices [L, out, in], Adam for embedding and norms; warm-up, then a cosine down to 2 %."""
 
     def dimensions(params: Params) -> Any:
         def of(x: jax.Array) -> MuonDimensionNumbers | None:

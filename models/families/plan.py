@@ -176,7 +176,7 @@ def _spellings(
     if projection not in quantized or leaf == "bias":
         return names[path]
     if scheme is None:
-        raise CheckpointError(f"expected a quantization_config that says which tensors make {path}; there is none")
+        raise CheckpointError(f"expected a quantization_config that says which tensors make {path}; it names none")
     return scheme.sources(leaf, quantized[projection], names[f"{projection}/weight"])
 
 

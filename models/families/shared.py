@@ -47,14 +47,14 @@ class Family:
     ignored_tensors: tuple[str, ...] = ()
 
 
-def read_heads(reader: ConfigReader, *, head_dim: int | None = None) -> dict[str, int]:
-    """AttentionSpec's num_heads, num_kv_heads and head_dim; `head_dim` is the family's default."""
+def read_heads(reader: ConfigReader) -> dict[str, int]:
+    """AttentionSpec's num_heads, num_kv_heads and head_dim."""
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.optional_integer("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
         raise reader.wrong("num_key_value_heads", f"a divisor of num_attention_heads, {num_heads}")
     embed_dim = reader.integer("hidden_size")
-    head_dim = reader.optional_integer("head_dim") or head_dim
+    head_dim = reader.optional_integer("head_dim")
     if head_dim is None and embed_dim % num_heads:
         raise reader.wrong(
             "hidden_size", f"a multiple of num_attention_heads, {num_heads}, where 'head_dim' is not given"
@@ -62,9 +62,9 @@ def read_heads(reader: ConfigReader, *, head_dim: int | None = None) -> dict[str
     return {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim or embed_dim // num_heads}
 
 
-def read_attention(reader: ConfigReader, *, head_dim: int | None = None, **fields: Any) -> AttentionSpec:
+def read_attention(reader: ConfigReader, **fields: Any) -> AttentionSpec:
     """Grouped-query attention, scaled by 1 / sqrt(head_dim) unless `fields` says otherwise."""
-    heads = read_heads(reader, head_dim=head_dim)
+    heads = read_heads(reader)
     return AttentionSpec(**{"scale": heads["head_dim"] ** -0.5, "rope": None, **heads, **fields})
 
 

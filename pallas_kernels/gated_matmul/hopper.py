@@ -30,7 +30,7 @@ from ..gated_activation.reference import ACTIVATIONS
 from ..mosaic import store
 from ..quantized_matmul import hopper as matmul_hopper
 from ..quantized_matmul.contract import MAX_VALUE, LayerOf, QuantizedWeight, sliced
-from ..tuning import generation, tuned
+from ..tuning import tuned
 from .contract import GatedMatmulProblem
 
 _DTYPE = "float8_e4m3fn"
@@ -43,8 +43,6 @@ _ONE_EACH = plgpu.Layout.WG_STRIDED((128,), vec_size=1)
 def unsupported(problem: GatedMatmulProblem) -> str | None:
     """Why this file cannot serve a problem."""
     format = problem.format
-    if problem.platform != "gpu" or generation(problem.device_kind) != "hopper":
-        return f"it is made for Hopper, not for {problem.device_kind or problem.platform}"
     if format is None or matmul_hopper.unsupported_format(format) or format.activations != _DTYPE:
         return f"the weight must be float8 beside activations in float8, not {format.name if format else 'plain'}"
     if problem.activation == "gelu":

@@ -10,7 +10,6 @@ from ..dispatch import Platform
 from ..quantized_matmul import blackwell
 from ..quantized_matmul.contract import QuantizedWeight
 from ..quantized_matmul.row_tiles import Sizes, is_fp8
-from ..tuning import generation
 from .kernel_call import call, tuned_sizes
 
 if TYPE_CHECKING:
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 def unsupported(problem: "GroupedMatmulProblem") -> str | None:
     """Why this file cannot serve a problem."""
-    if problem.platform != "gpu" or generation(problem.device_kind) != "blackwell":
-        return f"it is made for Blackwell, not for {problem.device_kind or problem.platform}"
     if problem.format is not None and not is_fp8(problem.format):
         return f"weights must be bfloat16 or fp8 with a scale for each channel, not {problem.format.name}"
     item_bytes = 2 if problem.format is None else 1

@@ -42,7 +42,6 @@ from ..quantized_matmul.row_tiles import (
     store_rows,
     stored_as,
 )
-from ..tuning import generation
 from . import hopper_a16
 from .kernel_call import call, tuned_sizes
 
@@ -55,8 +54,6 @@ ROW_TILES = (8, 16, 32, 64, 128)
 
 def unsupported(problem: "GroupedMatmulProblem") -> str | None:
     """Why this file cannot serve a problem."""
-    if problem.platform != "gpu" or generation(problem.device_kind) != "hopper":
-        return f"it is made for Hopper, not for {problem.device_kind or problem.platform}"
     if problem.dtype != "bfloat16":
         return f"activations must be bfloat16, not {problem.dtype}"
     if problem.format is not None and not is_fp8(problem.format):

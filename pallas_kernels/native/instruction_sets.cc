@@ -36,13 +36,13 @@ uint64_t saved_registers() {
   return static_cast<uint64_t>(high) << 32 | low;
 }
 
-// The sets in order, up to the first that lacks something; what the system must save goes into `states`.
 struct Candidate {
   InstructionSet set;
   bool of_cpu;
-  uint64_t states;
+  uint64_t states;  // that the system must save
 };
 
+// The sets in order, up to the first that lacks something.
 uint32_t chain(uint64_t saved) {
   const Registers one = cpuid(1, 0), seven = cpuid(7, 0), more = cpuid(7, 1);
   const Candidate candidates[] = {

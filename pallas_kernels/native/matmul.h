@@ -1,7 +1,7 @@
 // One matmul with a weight as the native kernels see it: y[M, N] = x[M, K] times the transposed w[N, K].
 //
 // Weights lie as the store holds them, row by row, 4-bit values two in a byte with the even input low: nothing is
-// packed for an instruction set. Where a kernel wants another order (4-bit values come apart into words of every fourth
+// packed for an instruction set. Where a kernel wants another order (4-bit values come apart into words of every eighth
 // input), it is the activations that are reordered, which are few.
 #ifndef MILLRACE_NATIVE_MATMUL_H_
 #define MILLRACE_NATIVE_MATMUL_H_

@@ -13,7 +13,6 @@ Operands: as there. A product is waited for before its result is used; it is rea
 thread of the warpgroup passes the barrier `loaded`, behind which the next product may overwrite it.
 """
 
-from ..tuning import generation
 from . import hopper
 from .contract import PagedAttentionProblem
 
@@ -23,11 +22,9 @@ paged_attention = hopper.paged_attention  # it asks the device kind
 
 def unsupported(problem: PagedAttentionProblem) -> str | None:
     """Why these kernels cannot serve a problem."""
-    if problem.platform != "gpu" or generation(problem.device_kind) != "blackwell":
-        return f"it is made for Blackwell, not for {problem.device_kind or problem.platform}"
     if problem.head_dim % 32:
         return f"half of a head dimension must fill lines of 32 bytes, which {problem.head_dim} does not"
     num_groups = problem.num_heads // problem.num_kv_heads
     if num_groups > MAX_GROUPS:
         return f"at most {MAX_GROUPS} heads may share a KV head before registers spill, not {num_groups}"
-    return hopper.misfit(problem)
+    return hopper.unsupported(problem)

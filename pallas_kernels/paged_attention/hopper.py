@@ -18,7 +18,8 @@ from jaxtyping import Array, Float, Int32
 from ..tuning import generation, tuned
 from .contract import KvCache, PagedAttentionProblem, PagedAttentionSpec, PagedBatch
 from .hopper_decode import Decode, decode
-from .hopper_prefill import ROWS_EACH, Prefill, prefill
+from .hopper_prefill import prefill
+from .hopper_prefill_work import ROWS_EACH, Prefill
 from .hopper_reduce import reduce_items
 from .hopper_work import BLOCK_KEYS, Keys, Place, Split, Tiles, Units, choose_split, item_of, make_tiles
 
@@ -29,13 +30,6 @@ SHARED_BYTES = 232448  # of one CTA, and with 1 KB for each CTA of one SM
 
 
 def unsupported(problem: PagedAttentionProblem) -> str | None:
-    """Why these kernels cannot serve a problem."""
-    if problem.platform != "gpu" or generation(problem.device_kind) != "hopper":
-        return f"it is made for Hopper, not for {problem.device_kind or problem.platform}"
-    return misfit(problem)
-
-
-def misfit(problem: PagedAttentionProblem) -> str | None:
     """Why no tile of these kernels fits a problem, whatever the chip."""
     size, dtype, cache_dtype = problem.page_size, problem.dtype, problem.cache_dtype
     if problem.head_dim not in HEAD_DIMS:
@@ -139,7 +133,7 @@ class _Step:
         """[T, K, G, H]: rows of slots with query_lens [B] > 0, zeros behind the last slot, and elsewhere anything."""
         num_rows, num_heads, head_dim = self.q.shape
         case = self._prefill_case(self.sizes("prefill"), num_heads // self.num_kv_heads)
-        tiles = make_tiles(self.batch, query_lens, num_rows, case.tile_queries, self.place)
+        tiles = make_tiles(self.batch, query_lens, num_rows, case.tile_queries, Place(case.units, case.window))
         keys = Keys(self.cache, self.layer, self.batch.page_tables, self.batch.kv_lens)
         q = self.q.reshape(num_rows, self.num_kv_heads, case.num_groups, head_dim)
         if not case.is_tiled:
@@ -162,12 +156,15 @@ class _Step:
         return dataclasses.replace(case, num_ctas=sizes["sms"] * min(sizes["ctas_per_sm"], max(resident, 1)))
 
     def _prefill_case(self, sizes: Mapping[str, int], num_groups: int) -> Prefill:
+        units = Units(self.place.units.page_size, sizes.get("block_keys", BLOCK_KEYS))
         return Prefill(
-            **self._case(sizes),
+            **{**self._case(sizes), "units": units},
             num_groups=num_groups,
             consumers=sizes["consumers"],
             raw_stages=sizes.get("raw_stages", 1),
             weights_in_registers=bool(sizes.get("weights_in_registers", 1)) and not self.has_tensor_memory,
+            is_overlapped=bool(sizes.get("overlapped", 0))
+            and sizes["stages"] > 1,  # a stage is held while one is awaited
         )
 
     def _case(self, sizes: Mapping[str, int]) -> dict[str, Any]:

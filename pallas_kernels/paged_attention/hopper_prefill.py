@@ -1,30 +1,32 @@
 """Paged attention of prompt chunks on Hopper.
 
-Schedule: persistent CTAs share units of work (tile, KV head), the last tiles first, for these see the most keys, and
-in turns back and forth, so that no CTA gets the longest of each turn: they end together. A tile is up to 64 rows per
+Schedule: persistent CTAs share units of work (tile, KV head), the last tiles first, for these see the most keys, and in
+turns back and forth, so that no CTA gets the longest of each turn: they end together. A tile is up to 64 rows per
 consumer warpgroup, a row one head of one query, so that the G heads which share a KV head share its keys. A producer
-warpgroup keeps `stages` blocks of 64 keys and values in flight by TMA, page by page, over the ends of units too, and
-prepares them: 8-bit blocks are widened (and scaled), values past a slot's last key become zeros. Consumers compute
-S = Q K^T, the running softmax in registers (M = 64 rows, 64 keys), O += P V with P from registers; only blocks at the
-diagonal or at a window's start are masked. Q comes and the output goes in pieces, heads of one query that are whole
-tiled rows of shared memory, so that both lie in device memory as the step has them and a tile stores no row but its
-own; where heads make no such piece, both are tiles of their own, which the caller gathers. Rows of no slot, or of one
+warpgroup keeps `stages` blocks of 64 or 128 keys and values in flight by TMA, page by page, over the ends of units too,
+and prepares them: 8-bit blocks are widened (and scaled), values past a slot's last key become zeros. Consumers compute
+S = Q K^T, the running softmax in registers (M = 64 rows), O += P V with P from registers; only blocks at the diagonal
+or at a window's start are masked. If the kernel `is_overlapped`, S of a block and P V of the block before it are in
+flight together, and waited for at once. Q comes and the output goes in pieces, heads of one query that are whole tiled
+rows of shared memory, so that both lie in device memory as the step has them and a tile stores no row but its own;
+where heads make no such piece, both are tiles of their own, which the caller gathers. Rows of no slot, or of one
 without keys, are tiles without blocks, which come out as zeros.
-The tensor cores bound it, and the exponentials next to them: 64 x 64 of either per block and consumer. Two consumers
-fill each other's gaps as they come: taking turns at the tensor cores, by barriers, was 2 to 4 % slower on an H200.
+The tensor cores bound it, and the exponentials next to them: 64 x 64 of either per 64 keys and consumer; with blocks of
+64 shared memory as well, from which S alone asks all that it gives. Two consumers fill each other's gaps as they come:
+taking turns at the tensor cores, by barriers, was 2 to 4 % slower on an H200.
 
-Operands under a wgmma: a consumer waits for each product before it uses the result, and arrives at a stage's `free`
-barrier only after both its products with it; the producer refills a stage when all consumers have arrived. Q's tile is
-loaded anew, or overwritten by the output, only behind a `commit_smem`, a barrier of the consumer that each of its warps
-passes after it has waited for its last product. Weights go through shared memory only where there are no operands in
-registers: in GPU interpret mode, and with tensor memory, whose `loaded` barrier all warps pass first.
+Operands under a wgmma: a consumer waits for each product, and for all that is in flight, before it uses a result or its
+weights change, and arrives at a stage's `free` barrier only after both its products with it; the producer refills a
+stage when all consumers have arrived. Q's tile is loaded anew, or overwritten by the output, only behind a
+`commit_smem`, a barrier of the consumer that each of its warps passes after it has waited for its last product. Weights
+go through shared memory only where there are no operands in registers: in GPU interpret mode, and with tensor memory,
+whose `loaded` barrier all warps pass first.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -33,7 +35,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..mosaic import ROWS, TILED_ROWS, swizzled
+from ..mosaic import ROWS, swizzled
+from .hopper_prefill_work import ROWS_EACH, Prefill, Share, Unit
 from .hopper_tiles import (
     LOG2_E,
     MASKED,
@@ -48,35 +51,9 @@ from .hopper_tiles import (
     tensor_memory,
     widened_columns,
 )
-from .hopper_work import BLOCK_KEYS, Case, Keys, Tiles
+from .hopper_work import Keys, Tiles
 
-ROWS_EACH = 64  # of a consumer warpgroup
 SMALLEST = 2.0**-100  # below any sum of weights: where a row has seen no key, nothing is divided by it
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prefill(Case):
-    """What one prefill kernel is compiled for; products by tcgen05 have one consumer, and weights in shared memory."""
-
-    num_groups: int  # G
-    consumers: int  # warpgroups
-    raw_stages: int  # of 8-bit blocks on their way to being widened
-    weights_in_registers: bool
-
-    @property
-    def tile_queries(self) -> int:
-        """Queries of a tile; rows that are left over belong to nobody."""
-        return self.consumers * ROWS_EACH // self.num_groups
-
-    @property
-    def is_tiled(self) -> bool:
-        """Whether q and the output are tiles [C, K, consumers * 64, H]; [T, K, G, H] if a query is whole tiled rows."""
-        return self.num_groups % TILED_ROWS != 0
-
-    @property
-    def piece_rows(self) -> int:
-        """Rows of a consumer that one copy brings or stores: of one query if it is not `is_tiled`."""
-        return ROWS_EACH if self.is_tiled else math.gcd(self.num_groups, ROWS_EACH)
 
 
 def prefill(q: jax.Array, keys: Keys, tiles: Tiles, sinks: jax.Array | None, case: Prefill) -> jax.Array:
@@ -107,10 +84,9 @@ def prefill(q: jax.Array, keys: Keys, tiles: Tiles, sinks: jax.Array | None, cas
 
 
 def _scratch(case: Prefill, head_dim: int) -> dict[str, Any]:
-    line = line_bytes(head_dim * case.math_dtype.itemsize)
+    line, block = line_bytes(head_dim * case.math_dtype.itemsize), (case.units.block_keys, head_dim)
     # Products of 64 rows by tcgen05 take the columns in halves, and a swizzle may not reach past its half.
-    narrow = min(line_bytes(head_dim // 2 * case.math_dtype.itemsize), BLOCK_KEYS // 2 * case.math_dtype.itemsize)
-    block = (BLOCK_KEYS, head_dim)
+    narrow = min(line_bytes(columns // 2 * case.math_dtype.itemsize) for columns in block)
     blocks = swizzled((case.stages, *block), case.math_dtype, narrow if case.has_tensor_memory else line)
     num_copies = case.units.per_block * (4 if case.has_scales else 2)
     scratch = {
@@ -124,7 +100,7 @@ def _scratch(case: Prefill, head_dim: int) -> dict[str, Any]:
     if case.dtype != case.math_dtype:
         scratch["staged"] = swizzled((case.consumers, ROWS_EACH, head_dim), case.dtype, line)
     if not case.weights_in_registers:
-        scratch["weights"] = swizzled((case.consumers, ROWS_EACH, BLOCK_KEYS), case.math_dtype, line)
+        scratch["weights"] = swizzled((case.consumers, ROWS_EACH, case.units.block_keys), case.math_dtype, line)
     if case.is_widened:
         raw_line = line_bytes(head_dim)
         raw = (case.raw_stages, 2, *block)
@@ -133,8 +109,8 @@ def _scratch(case: Prefill, head_dim: int) -> dict[str, Any]:
     else:
         scratch["tail_here"] = plgpu.Barrier(num_arrivals=num_copies)
     if case.has_scales:
-        scratch["scales"] = plgpu.SMEM((case.raw_stages, 2, BLOCK_KEYS), jnp.float32)
-    return scratch | tensor_memory(BLOCK_KEYS, head_dim) if case.has_tensor_memory else scratch
+        scratch["scales"] = plgpu.SMEM((case.raw_stages, 2, case.units.block_keys), jnp.float32)
+    return scratch | tensor_memory(case.units.block_keys, head_dim) if case.has_tensor_memory else scratch
 
 
 def _body(case: Prefill, *refs: Any, **scratch: Any) -> None:
@@ -145,104 +121,22 @@ def _body(case: Prefill, *refs: Any, **scratch: Any) -> None:
     num_kv_heads = values.shape[3]
     warpgroup = lax.axis_index("warpgroup")
 
-    share = _Share(case, num_kv_heads, tiles, count[0] * num_kv_heads, kv_lens)
+    share = Share(case, num_kv_heads, tiles, count[0] * num_kv_heads, kv_lens)
 
     @pl.when(warpgroup == case.consumers)
     def _() -> None:
+        if case.registers is not None:
+            plgpu.set_max_registers(case.registers[0], action="decrease")
         producer = _Producer(case, values, scales, layer[0], page_tables, scratch)
         share.visit(producer.widen if case.is_widened else producer.copy)
 
     @pl.when(warpgroup < case.consumers)
     def _() -> None:
+        if case.registers is not None:
+            plgpu.set_max_registers(case.registers[1], action="increase")
         consumer = _Consumer(case, warpgroup, q, row_queries, sinks, output, scratch)
         share.visit(consumer.attend)
         plgpu.wait_smem_to_gmem(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Unit:
-    """A tile of one slot's query rows, or of nobody's, and a KV head."""
-
-    case: Prefill
-    tiles: Any  # [C, 6]
-    tile: jax.Array
-    head: jax.Array
-    slot: jax.Array
-    position: jax.Array  # of the first query
-    begin: jax.Array  # units of keys
-    end: jax.Array
-    num_keys: jax.Array  # of the slot
-
-    @property
-    def row(self) -> jax.Array:
-        """The tile's first query; read where it is asked, for registers are few."""
-        return self._read(1)
-
-    @property
-    def num_queries(self) -> jax.Array:
-        """How many the tile has."""
-        return self._read(2)
-
-    def _read(self, column: int) -> jax.Array:
-        number: jax.Array = self.tiles[self.tile, column]
-        return number
-
-    @property
-    def num_blocks(self) -> jax.Array:
-        """Blocks of keys that the tile sees any of."""
-        return lax.div(self.end - self.begin + self.case.units.per_block - 1, self.case.units.per_block)
-
-    @property
-    def first_key(self) -> jax.Array:
-        """Position of the first block's first key."""
-        return self.begin * self.case.units.keys
-
-    @property
-    def unmasked(self) -> tuple[jax.Array, jax.Array]:
-        """The blocks of which every row sees every key: first, end."""
-        first = jnp.int32(0)
-        if self.case.window is not None:
-            hidden = self.position + self.case.tile_queries - self.case.window - self.first_key
-            first = jnp.clip(lax.div(hidden + BLOCK_KEYS - 1, BLOCK_KEYS), 0, self.num_blocks)
-        end = lax.div(self.position + 1 - self.first_key, BLOCK_KEYS)
-        return first, jnp.clip(end, first, self.num_blocks)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Share:
-    """The units of this CTA, one in each turn of all CTAs."""
-
-    case: Prefill
-    num_kv_heads: int
-    tiles: Any  # [C, 6]
-    num_units: jax.Array  # of all CTAs
-    kv_lens: Any  # [B]
-
-    def visit(self, work: Callable[[jax.Array, _Unit], jax.Array]) -> None:
-        """work(num_before, unit) for each unit; `num_before` sums the blocks of those before it."""
-
-        def one(turn: jax.Array, num_before: jax.Array) -> jax.Array:
-            return work(num_before, self.unit(turn))
-
-        lax.fori_loop(0, self.num_turns, one, jnp.int32(0))
-
-    @property
-    def num_turns(self) -> jax.Array:
-        """Those in which there is a unit for this CTA."""
-        whole, rest = (op(self.num_units, lax.axis_size("cta")) for op in (lax.div, lax.rem))
-        return whole + (self._place(whole) < rest).astype(jnp.int32)
-
-    def _place(self, turn: jax.Array) -> jax.Array:
-        """This CTA's place in a turn: one turn begins where the one before it ended."""
-        cta = lax.axis_index("cta")
-        return jnp.where(lax.rem(turn, 2) == 0, cta, lax.axis_size("cta") - 1 - cta)
-
-    def unit(self, turn: jax.Array) -> _Unit:
-        """The unit of a turn."""
-        number = self.num_units - 1 - (turn * lax.axis_size("cta") + self._place(turn))
-        tile, head = lax.div(number, self.num_kv_heads), lax.rem(number, self.num_kv_heads)
-        slot, position, begin, end = (self.tiles[tile, i] for i in (0, 3, 4, 5))
-        return _Unit(self.case, self.tiles, tile, head, slot, position, begin, end, self.kv_lens[slot])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,14 +150,14 @@ class _Producer:
     page_tables: Any
     scratch: dict[str, Any]
 
-    def copy(self, num_before: jax.Array, unit: _Unit) -> jax.Array:
+    def copy(self, num_before: jax.Array, unit: Unit) -> jax.Array:
         """Blocks as they are; a slot's last one is waited for, so that what lies past its keys can be cleared."""
         here, keys, values = (self.scratch[name] for name in ("here", "keys", "values"))
 
         def one(i: jax.Array, pages: list[jax.Array]) -> list[jax.Array]:
             following = self._pages(unit, i + 1)
             stage = self._take(num_before + i)
-            is_last = unit.first_key + (i + 1) * BLOCK_KEYS > unit.num_keys
+            is_last = unit.key_of(i + 1) > unit.num_keys
 
             @pl.when(jnp.logical_not(is_last))
             def _() -> None:
@@ -287,7 +181,7 @@ class _Producer:
         lax.fori_loop(0, unit.num_blocks, one, self._pages(unit, jnp.int32(0)))
         return num_before + unit.num_blocks
 
-    def widen(self, num_before: jax.Array, unit: _Unit) -> jax.Array:
+    def widen(self, num_before: jax.Array, unit: Unit) -> jax.Array:
         """Blocks of 8 bits: copied to a ring of their own, and from there widened into that of the consumers."""
         ring, num_blocks = self.case.raw_stages, unit.num_blocks
 
@@ -325,12 +219,12 @@ class _Producer:
 
         return stage
 
-    def _pages(self, unit: _Unit, i: jax.Array) -> list[jax.Array]:
+    def _pages(self, unit: Unit, i: jax.Array) -> list[jax.Array]:
         """The pages of block i, read a block ahead, for the copies would wait."""
         units = self.case.units
         return read_pages(self.page_tables, unit.slot, unit.begin + i * units.per_block, unit.end, units)
 
-    def _fetch(self, unit: _Unit, i: jax.Array, pages: list[jax.Array], block: tuple[Any, Any, Any], here: Any) -> None:
+    def _fetch(self, unit: Unit, i: jax.Array, pages: list[jax.Array], block: tuple[Any, Any, Any], here: Any) -> None:
         """Start copying block i to (keys, values, scales)."""
         units = self.case.units
         sources = source_keys(unit.begin + i * units.per_block, unit.end, units)
@@ -342,7 +236,7 @@ class _Producer:
                 if block[2] is not None:
                     plgpu.copy_gmem_to_smem(self.scales.at[place], block[2].at[which, target], here)
 
-    def _widen(self, unit: _Unit, i: jax.Array, which: int, raw_stage: jax.Array, stage: jax.Array) -> None:
+    def _widen(self, unit: Unit, i: jax.Array, which: int, raw_stage: jax.Array, stage: jax.Array) -> None:
         layout = plgpu.Layout.WGMMA_UPCAST_2X
         for columns in widened_columns(self.scratch["raw"].shape[3]):
             raw = plgpu.load(self.scratch["raw"].at[raw_stage, which, :, columns], layout=layout, optimized=False)
@@ -355,10 +249,18 @@ class _Producer:
                 wide = self._cleared(wide, unit, i, layout)
             self.scratch["values" if which else "keys"].at[stage, :, columns][...] = wide
 
-    def _cleared(self, values: jax.Array, unit: _Unit, i: jax.Array, layout: Any) -> jax.Array:
+    def _cleared(self, values: jax.Array, unit: Unit, i: jax.Array, layout: Any) -> jax.Array:
         """Zeros past the slot's last key: a weight of 0 does not hide a NaN."""
-        position = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout) + unit.first_key + i * BLOCK_KEYS
+        position = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=layout) + unit.key_of(i)
         return jnp.where(position < unit.num_keys, values, jnp.zeros((), values.dtype))
+
+
+class _Sums(NamedTuple):
+    """What a consumer's rows have seen so far."""
+
+    peak: jax.Array  # [64] the highest score, in units of log 2
+    total: jax.Array  # [64] of the weights
+    mixed: jax.Array  # [64, H] weights @ values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,27 +280,33 @@ class _Consumer:
         """Its rows of a tile."""
         return pl.ds(self.index * ROWS_EACH, ROWS_EACH)
 
-    def attend(self, num_before: jax.Array, unit: _Unit) -> jax.Array:
+    def attend(self, num_before: jax.Array, unit: Unit) -> jax.Array:
         """One tile and KV head."""
-        q_tile, staged = self.scratch["q_tile"].at[self.index], self._staged
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         q_here = self.scratch["q_here"].at[self.index]
 
         @pl.loop(0, ROWS_EACH // self.case.piece_rows)
         def _(piece: jax.Array) -> None:
-            plgpu.copy_gmem_to_smem(self._piece(unit, self.q, piece), q_tile.at[self._piece_rows(piece)], q_here)
+            plgpu.copy_gmem_to_smem(self._piece(unit, self.q, piece), self._q.at[self._piece_rows(piece)], q_here)
 
         plgpu.barrier_wait(q_here)
+        if not self.case.is_overlapped:
+            self._put(unit, self._visit(unit, 0, functools.partial(self._join, num_before, unit), self._nothing))
+            return num_before + unit.num_blocks
 
-        zeros = full((ROWS_EACH, q_tile.shape[1]), 0.0, plgpu.Layout.WGMMA)
-        carry: Any = (full((ROWS_EACH,), MASKED, ROWS), full((ROWS_EACH,), 0.0, ROWS), zeros)
-        first, end = unit.unmasked
-        if self.case.window is not None:
-            carry = lax.fori_loop(0, first, functools.partial(self._block, num_before, unit, True), carry)
-        carry = lax.fori_loop(first, end, functools.partial(self._block, num_before, unit, False), carry)
-        visit = functools.partial(self._block, num_before, unit, True)
-        peak, total, mixed = lax.fori_loop(end, unit.num_blocks, visit, carry)
+        @pl.when(unit.num_blocks > 0)
+        def _() -> None:
+            self._put(unit, self._overlapped(num_before, unit))
 
+        @pl.when(unit.num_blocks == 0)
+        def _() -> None:
+            self._put(unit, self._nothing)
+
+        return num_before + unit.num_blocks
+
+    def _put(self, unit: Unit, sums: _Sums) -> None:
+        """Store the tile's own rows of the output."""
+        peak, total, mixed = sums
         if self.sinks is not None:
             sink = plgpu.load(self.sinks.at[unit.head, self.rows], layout=ROWS, optimized=False)
             top = jnp.maximum(peak, sink)
@@ -406,16 +314,22 @@ class _Consumer:
             total = total * jnp.exp2(peak - top) + jnp.exp2(sink - top)
         plgpu.commit_smem()  # all warps are done with q's tile, which is where most of the outputs go
         total = jnp.maximum(total, SMALLEST)
+        staged = self.scratch.get("staged", self.scratch["q_tile"]).at[self.index]
         staged[...] = (mixed / along_columns(total, mixed.shape)).astype(staged.dtype)
         plgpu.commit_smem()
-        self._store(unit)
-        return num_before + unit.num_blocks
+        num_rows = unit.num_queries * self.case.num_groups - self.index * ROWS_EACH
+        whole = ROWS_EACH // self.case.piece_rows
+        num_pieces = 1 if self.case.is_tiled else jnp.clip(lax.div(num_rows, self.case.piece_rows), 0, whole)
+
+        @pl.loop(0, num_pieces)
+        def _(piece: jax.Array) -> None:
+            plgpu.copy_smem_to_gmem(staged.at[self._piece_rows(piece)], self._piece(unit, self.output, piece))
 
     def _piece_rows(self, piece: jax.Array) -> Any:
         """Which of the 64 rows a piece is."""
         return pl.ds(piece * self.case.piece_rows, self.case.piece_rows)
 
-    def _piece(self, unit: _Unit, array: Any, piece: jax.Array) -> Any:
+    def _piece(self, unit: Unit, array: Any, piece: jax.Array) -> Any:
         """A piece's part of q or the output; of what is behind q's last row, any."""
         if self.case.is_tiled:
             return array.at[unit.tile, unit.head, self.rows]
@@ -424,40 +338,88 @@ class _Consumer:
         query = jnp.minimum(unit.row + query, array.shape[0] - 1)
         return array.at[query, unit.head, pl.ds(group, self.case.piece_rows)]
 
-    def _store(self, unit: _Unit) -> None:
-        """Copy the tile's own pieces of what is staged to the output."""
-        num_rows = unit.num_queries * self.case.num_groups - self.index * ROWS_EACH
-        whole = ROWS_EACH // self.case.piece_rows
-        num_pieces = 1 if self.case.is_tiled else jnp.clip(lax.div(num_rows, self.case.piece_rows), 0, whole)
+    @property
+    def _q(self) -> Any:
+        return self.scratch["q_tile"].at[self.index]
 
-        @pl.loop(0, num_pieces)
-        def _(piece: jax.Array) -> None:
-            plgpu.copy_smem_to_gmem(self._staged.at[self._piece_rows(piece)], self._piece(unit, self.output, piece))
+    def _keys(self, stage: jax.Array) -> Any:
+        return self.scratch["keys"].at[stage].transpose((1, 0))
 
     @property
-    def _staged(self) -> Any:
-        return self.scratch.get("staged", self.scratch["q_tile"]).at[self.index]
+    def _nothing(self) -> _Sums:
+        """Of rows that have seen no key."""
+        peak, total = full((ROWS_EACH,), MASKED, ROWS), full((ROWS_EACH,), 0.0, ROWS)
+        return _Sums(peak, total, full(self._q.shape, 0.0, plgpu.Layout.WGMMA))
 
-    def _block(self, num_before: jax.Array, unit: _Unit, is_masked: bool, i: jax.Array, carry: Any) -> Any:
-        """Join block i; `is_masked` where the rows do not see all of its keys."""
-        peak, total, mixed = carry
-        stage = lax.rem(num_before + i, self.case.stages)
-        keys, shape = self.scratch["keys"].at[stage], (ROWS_EACH, BLOCK_KEYS)
+    def _visit(self, unit: Unit, begin: int, step: Callable[[bool, jax.Array, Any], Any], carry: Any) -> Any:
+        """step(is_masked, i, carry) for each block i from `begin`; masked where the rows do not see all of its keys."""
+        first, end = (jnp.maximum(block, begin) for block in unit.unmasked)
+        if self.case.window is not None:
+            carry = lax.fori_loop(begin, first, functools.partial(step, True), carry)
+        carry = lax.fori_loop(first, end, functools.partial(step, False), carry)
+        return lax.fori_loop(end, unit.num_blocks, functools.partial(step, True), carry)
+
+    def _join(self, num_before: jax.Array, unit: Unit, is_masked: bool, i: jax.Array, sums: _Sums) -> _Sums:
+        """Block i, one product behind the other."""
+        stage = self._wait_for(num_before + i)
+        sums, weights = self._weigh(unit, i, self._scores(stage), sums, is_masked)
+        return self._add(stage, sums, weights)
+
+    def _overlapped(self, num_before: jax.Array, unit: Unit) -> _Sums:
+        """All blocks of a unit that has some, each one's scores multiplied together with the values before it."""
+        scores = self._scores(self._wait_for(num_before))
+        carry = self._weigh(unit, jnp.int32(0), scores, self._nothing, is_masked=True)
+        sums, weights = self._visit(unit, 1, functools.partial(self._follow, num_before, unit), carry)
+        return self._add(self._stage(num_before + unit.num_blocks - 1), sums, weights)
+
+    def _follow(
+        self, num_before: jax.Array, unit: Unit, is_masked: bool, i: jax.Array, carry: tuple[_Sums, jax.Array]
+    ) -> tuple[_Sums, jax.Array]:
+        """The values of block i - 1 and the scores of block i."""
+        sums, weights = carry
+        stage = self._wait_for(num_before + i)
+        before = self._stage(num_before + i - 1)
+        if not self.case.weights_in_registers:
+            sums = self._add(before, sums, weights)
+            return self._weigh(unit, i, self._scores(stage), sums, is_masked)
+
+        def run(products: Any) -> tuple[_Sums, jax.Array]:
+            plgpu.wgmma(products, self._q, self._keys(stage))
+            return self._add(before, sums, weights), products[...]
+
+        shape = (ROWS_EACH, self.case.units.block_keys)
+        sums, scores = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+        return self._weigh(unit, i, scores, sums, is_masked)
+
+    def _stage(self, count: jax.Array) -> jax.Array:
+        return lax.rem(count, self.case.stages)
+
+    def _wait_for(self, count: jax.Array) -> jax.Array:
+        """The stage of a block, when it is there."""
+        stage = self._stage(count)
         plgpu.barrier_wait(self.scratch["here"].at[stage])
-        scores = product_of(self.scratch)(shape, self.scratch["q_tile"].at[self.index], keys.transpose((1, 0)))
+        return stage
+
+    def _scores(self, stage: jax.Array) -> jax.Array:
+        """q @ keys in float32."""
+        return product_of(self.scratch)((ROWS_EACH, self.case.units.block_keys), self._q, self._keys(stage))
+
+    def _weigh(
+        self, unit: Unit, i: jax.Array, scores: jax.Array, sums: _Sums, is_masked: bool
+    ) -> tuple[_Sums, jax.Array]:
+        """Block i but for its values: what was summed up before it decays, and its keys' weights."""
         scores, factor = self._log2_scores(scores)
         if is_masked:
-            scores = self._masked(scores, unit.first_key + i * BLOCK_KEYS, unit.position)
-        new_peak = jnp.maximum(peak, jnp.max(scores, axis=1) * factor)
-        weights = jnp.exp2(scores * factor - along_columns(new_peak, shape))
-        decay = jnp.exp2(peak - new_peak)
-        total = total * decay + jnp.sum(weights, axis=1)
-        mixed = mixed * along_columns(decay, mixed.shape)
-        weights = weights.astype(self.case.math_dtype)
-        total, mixed, weights = lax.optimization_barrier((total, mixed, weights))
-        mixed = self._add(mixed, weights, self.scratch["values"].at[stage])
-        plgpu.barrier_arrive(self.scratch["free"].at[stage])
-        return new_peak, total, mixed
+            scores = self._masked(scores, unit.key_of(i), unit.position)
+        peak = jnp.maximum(sums.peak, jnp.max(scores, axis=1) * factor)
+        weights = jnp.exp2(scores * factor - along_columns(peak, scores.shape))
+        decay = jnp.exp2(sums.peak - peak)
+        total = sums.total * decay + jnp.sum(weights, axis=1)
+        mixed = sums.mixed * along_columns(decay, sums.mixed.shape)
+        barred: tuple[_Sums, jax.Array] = lax.optimization_barrier(
+            (_Sums(peak, total, mixed), weights.astype(self.case.math_dtype))
+        )
+        return barred
 
     def _log2_scores(self, products: jax.Array) -> tuple[jax.Array, float]:
         """Scores, and what makes them powers of two: the peak is found first, and scaled, so that scores never are."""
@@ -475,14 +437,16 @@ class _Consumer:
             is_visible &= key > last - self.case.window
         return jnp.where(is_visible, scores, MASKED)
 
-    def _add(self, mixed: jax.Array, weights: jax.Array, values: Any) -> jax.Array:
-        """mixed + weights @ values, waited for."""
+    def _add(self, stage: jax.Array, sums: _Sums, weights: jax.Array) -> _Sums:
+        """Add weights @ values of a stage, waited for as is all that is in flight, and free it."""
+        values = self.scratch["values"].at[stage]
         if self.case.weights_in_registers:
-            added: jax.Array = pl.run_state(lambda sums: plgpu.wgmma(sums, weights, values))(
-                plgpu.WGMMAAccumulatorRef.init(mixed)
-            )
-            return added
-        tile = self.scratch["weights"].at[self.index]
-        tile[...] = weights
-        plgpu.commit_smem()
-        return mixed + product_of(self.scratch)(mixed.shape, tile, values)
+            accumulator = plgpu.WGMMAAccumulatorRef.init(sums.mixed)
+            mixed = pl.run_state(lambda mixed: plgpu.wgmma(mixed, weights, values))(accumulator)
+        else:
+            tile = self.scratch["weights"].at[self.index]
+            tile[...] = weights
+            plgpu.commit_smem()
+            mixed = sums.mixed + product_of(self.scratch)(sums.mixed.shape, tile, values)
+        plgpu.barrier_arrive(self.scratch["free"].at[stage])
+        return sums._replace(mixed=mixed)

@@ -1,8 +1,8 @@
-"""What a Hopper paged attention kernel works on: pages as blocks of 64 keys, and the items or tiles that CTAs share.
+"""What a Hopper paged attention kernel works on: pages as blocks of keys, and the items or tiles that CTAs share.
 
-A unit is what one copy brings, min(page size, 64) keys of one page; a block is 64 keys, whole units that follow each
-other in a slot. An item is a run of blocks of one slot. A slot's items depend on its own keys and on static sizes
-alone, so its answer is the same bits whatever its neighbours are.
+A unit is what one copy brings, min(page size, 64) keys of one page; a block is 64 keys or a multiple, whole units that
+follow each other in a slot. An item is a run of blocks of one slot. A slot's items depend on its own keys and on static
+sizes alone, so its answer is the same bits whatever its neighbours are.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ BLOCK_KEYS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """How pages of a size, a divisor or a multiple of 64, make blocks."""
+    """How pages of a size, a divisor or a multiple of 64, make blocks of a multiple of 64."""
 
     page_size: int
+    block_keys: int = BLOCK_KEYS
 
     @property
     def keys(self) -> int:
@@ -32,7 +33,7 @@ class Units:
     @property
     def per_block(self) -> int:
         """Units of one block."""
-        return BLOCK_KEYS // self.keys
+        return self.block_keys // self.keys
 
     @property
     def per_page(self) -> int:

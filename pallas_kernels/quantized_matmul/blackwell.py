@@ -28,7 +28,6 @@ from jaxtyping import Array, Float, Int32, Shaped
 
 from ..dispatch import Platform
 from ..mosaic import LINE_BYTES, swizzled
-from ..tuning import generation
 from .contract import MatmulProblem, QuantizedWeight
 from .formats import quantize_rows
 from .row_tiles import STAGED_BYTES, Item, Items, Sizes, drain, is_fp8, operands, scaled, store_rows, stored_as
@@ -40,8 +39,6 @@ _LOADS, _MULTIPLIES, _STORES = range(3)  # the warpgroups
 
 def unsupported(problem: MatmulProblem) -> str | None:
     """Why this file cannot serve a linear layer. Plain weights are left to cuBLAS, which has nothing to fuse."""
-    if problem.platform != "gpu" or generation(problem.device_kind) != "blackwell":
-        return f"it is made for Blackwell, not for {problem.device_kind or problem.platform}"
     if problem.format is None or not is_fp8(problem.format):
         return f"weights must be fp8 with a scale for each channel, not {getattr(problem.format, 'name', 'plain')}"
     return misfit(problem.in_dim, problem.out_dim, problem.dtype, 1)

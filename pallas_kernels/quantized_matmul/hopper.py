@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
 from ..dispatch import Platform
-from ..tuning import generation, tuned
+from ..tuning import tuned
 from . import hopper_a16, hopper_w8a8
 from .contract import MatmulProblem, QuantizedWeight, WeightFormat
 from .formats import quantize_rows
@@ -32,8 +32,6 @@ _TOGETHER = 128  # channels: weights of a multiple share a launch, as one of few
 def unsupported(problem: MatmulProblem) -> str | None:
     """Why this file cannot serve a problem, or serves it worse than the next."""
     format = problem.format
-    if problem.platform != "gpu" or generation(problem.device_kind) != "hopper":
-        return f"it is made for Hopper, not for {problem.device_kind or problem.platform}"
     if format is None:
         return "weights that are not quantized are XLA's"
     if problem.dtype != "bfloat16":

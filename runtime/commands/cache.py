@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ..flags import Group, Option
+from ..flags import LOG_LEVEL, PROGRESS, Group, Option
 
 if TYPE_CHECKING:
     from ..store_cache import CachedStore
@@ -25,8 +25,8 @@ GROUPS = (
             Option("name", "texts", "a store of the cache; may be repeated"),
             Option("all", "switch", "remove every store", False),
             Option("store_cache_dir", "text", "where the stores are kept"),
-            Option("progress", "switch", "progress bars on stderr", True),
-            Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
+            PROGRESS,
+            LOG_LEVEL,
         ),
     ),
 )

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from ...errors import ConfigError
-from ..config import PLAIN, Quantization
-from ..flags import Group, Option
+from ..config import PLAIN, Quantization, dtype_of_weights
+from ..flags import LOG_LEVEL, PROGRESS, Group, Option
 
 if TYPE_CHECKING:
     from . import OpenRuntime
@@ -38,22 +38,19 @@ GROUPS = (
                 "inputs that share a scale: 32, 64 or 128, in int4, int4_a8 (64) and fp8_block (128)",
             ),
             Option("calibrate", "text", "a file of text that quantized weights are fitted to; 4,096 tokens at least"),
-            Option("progress", "switch", "a progress bar on stderr", True),
-            Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
+            PROGRESS,
+            LOG_LEVEL,
         ),
     ),
 )
 POSITIONALS = ("source", "destination")
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     """The exit code, 0."""
     if not values["source"] or not values["destination"]:
         raise ConfigError("expected a source and a destination, as in: millrace convert path/to/checkpoint path/to/new")
-    name = DTYPES.get(values["dtype"], values["dtype"])
-    if name is not None and name not in DTYPES.values():
-        raise ConfigError(f"dtype should be one of {', '.join(DTYPES.values())}; got {name!r}")
+    name = dtype_of_weights(values["dtype"])
     format_name = None if values["quantization"] == PLAIN else values["quantization"]
     if values["group_size"] is not None and format_name is None:
         raise ConfigError("group_size goes with quantization, as in --quantization=int4 --group_size=128")

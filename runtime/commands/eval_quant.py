@@ -38,6 +38,7 @@ GROUPS = (
     RUNTIME,
 )
 CACHE_DTYPES = "fp8,int8"
+_LONG_TEXT = 1_000_000  # characters, of which tokens take a second or two
 
 
 def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
@@ -45,6 +46,10 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     for name, least in (("window", 2), ("max_tokens", 2)):
         if values[name] is not None and values[name] < least:
             raise ConfigError(f"--{name} must be at least {least}, got {values[name]}.")
+    if values["max_tokens"] is not None and values["max_tokens"] < values["window"]:
+        raise ConfigError(f"--max_tokens={values['max_tokens']} is less than one window: expected --window or more.")
+    if values["json"] not in (None, "-") and not Path(values["json"]).expanduser().absolute().parent.is_dir():
+        raise ConfigError(f"--json={values['json']}: expected a file in a folder that is there.")
     from ..overrides import resolve
 
     cache_dtypes = _split(CACHE_DTYPES if values["kv_cache_dtype"] is None else values["kv_cache_dtype"])
@@ -63,7 +68,10 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
         raise ConfigError(f"{config.model} has no tokenizer: expected one, to make tokens of the text.")
     if values["window"] > source.config.max_context_len:
         raise ConfigError(f"--window={values['window']} is beyond the model's {source.config.max_context_len} tokens.")
-    windows = make_windows(source.tokenizer, list(_texts(values["text"])), values["window"], values["max_tokens"])
+    texts = list(_texts(values["text"]))
+    if config.progress and (size := sum(map(len, texts))) > _LONG_TEXT:
+        print(f"millrace: making tokens of a text of {size:,} characters", file=sys.stderr)
+    windows = make_windows(source, texts, values["window"], values["max_tokens"])
     candidates = list(_candidates(values, cache_dtypes, source.config))
     keep_programs(config.compile_cache_dir)
     mesh = make_mesh(dict(config.mesh or ()))
@@ -80,8 +88,15 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
         print(_table(config.model, windows, scores))
     if values["json"]:
         text = json.dumps(record, indent=1)
-        print(text) if values["json"] == "-" else Path(values["json"]).write_text(text + "\n")
+        print(text) if values["json"] == "-" else _write(Path(values["json"]).expanduser(), text)
     return 0
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json={file}: cannot be written ({error}).") from error
 
 
 def _split(text: str) -> list[str]:
@@ -90,15 +105,14 @@ def _split(text: str) -> list[str]:
 
 def _texts(files: Sequence[str] | None) -> Iterator[str]:
     """The files' texts, or those that were held out from the embedded model's training."""
+    from ..texts import read_text
+
     if not files:
         from ...models.embedded.corpus import split
 
         yield from split()[1]
     for name in files or ():
-        try:
-            yield Path(name).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--text={name}: expected a file of UTF-8 text ({error}).") from None
+        yield read_text(Path(name).expanduser(), f"--text={name}")
 
 
 def _candidates(values: Mapping[str, Any], cache_dtypes: Sequence[str], model: "ModelConfig") -> Iterator["Candidate"]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, ConfigError
-from ..flags import Group, Option
+from ..flags import LOG_LEVEL, PROGRESS, Group, Option
 
 if TYPE_CHECKING:
     from . import OpenRuntime
@@ -21,8 +21,8 @@ GROUPS = (
         (
             Option("store", "text", "a store's folder or URL, org/name on the Hugging Face hub, or embedded"),
             Option("destination", "text", "a new or empty folder"),
-            Option("progress", "switch", "a progress bar on stderr", True),
-            Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
+            PROGRESS,
+            LOG_LEVEL,
         ),
     ),
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ..flags import Group, Option
+from ..flags import LOG_LEVEL, Group, Option
 from ..supervisor import supervise
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ GROUPS = (
             Option("command", "texts", "the command that every process runs, behind --"),
             Option("processes", "integer", "how many processes", 2),
             Option("restarts", "integer", "how often the whole group is started again after one has failed", 0),
-            Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
+            LOG_LEVEL,
         ),
     ),
 )

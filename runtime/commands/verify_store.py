@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
-from ..flags import Group, Option
+from ..flags import LOG_LEVEL, PROGRESS, Group, Option
 
 if TYPE_CHECKING:
     from . import OpenRuntime
@@ -19,8 +19,8 @@ GROUPS = (
         "Verification",
         (
             Option("store", "text", "a store's folder or URL"),
-            Option("progress", "switch", "a progress bar on stderr", True),
-            Option("log_level", "text", "what is logged on stderr", "warning", ("debug", "info", "warning", "error")),
+            PROGRESS,
+            LOG_LEVEL,
         ),
     ),
 )

@@ -120,7 +120,6 @@ def test_a_mixed_step_lowers_for_the_chip() -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"device_kind": "NVIDIA H200"}, "made for Blackwell, not for NVIDIA H200"),
         ({"head_dim": 80}, "lines of 32 bytes, which 80 does not"),
         ({"page_size": 48}, "pages must have"),
         ({"num_heads": 66}, "at most 32 heads may share a KV head before registers spill, not 33"),

@@ -44,6 +44,7 @@ LAYERS, LAYER = 2, 1
 # registers, so the weights, and 8-bit keys and values, go through shared memory.
 SMALL = {"sms": 2, "ctas_per_sm": 1, "weights_in_registers": 0}
 SPLIT = {**SMALL, "num_items": 64, "max_splits": 3, "min_blocks": 1, "max_blocks": 1}
+WIDE = {**SMALL, "block_keys": 128, "stages": 2}
 # (queries, keys): empty, one key, a page's and a block's edge and one past it, several blocks.
 DECODE = [(1, 1), (1, 16), (1, 0), (1, 65)]
 # A slot with keys and no query, a single query, a prompt, a chunk late in a context that crosses tiles and blocks.
@@ -138,6 +139,21 @@ def test_mixed_steps_follow_the_reference() -> None:
     check(make_case(MIXED, shape, num_padding=3), make_spec(shape, window=30))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {**WIDE, "overlapped": 1},
+        pytest.param(WIDE, marks=pytest.mark.kernels),
+        pytest.param({**SMALL, "overlapped": 1}, marks=pytest.mark.kernels),
+    ],
+)
+def test_prompts_in_wide_or_overlapped_blocks_follow_the_reference(change: dict[str, int]) -> None:
+    """Of one block and of several, their last one ragged, and tiles without any."""
+    shape = Shape(head_dim=128, page=32)
+    case = make_case([(2, 3), (20, 300), (0, 0), (3, 0), (17, 128)], shape, num_padding=3)
+    check(case, make_spec(shape), change, has_sinks=True)
+
+
 @pytest.mark.parametrize("groups", [4, 8, pytest.param(16, marks=pytest.mark.kernels)])
 def test_rows_without_keys_and_rows_of_nobody_are_zeros(groups: int) -> None:
     """Of more than one tile; the output is NaN where no kernel writes it."""
@@ -188,12 +204,21 @@ def test_mixed_steps_of_every_shape_follow_the_reference(name: str, variant: str
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_wide_and_overlapped_blocks_of_every_shape_follow_the_reference(name: str, variant: str) -> None:
+    case = make_case(LARGE_MIXED, SHAPES[name], num_padding=5)
+    check(case, make_spec(SHAPES[name], **VARIANTS[variant]), {**WIDE, "overlapped": 1}, has_sinks=variant == "window")
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("cache_dtype", ["float8_e4m3fn", "int8"])
 @pytest.mark.parametrize("head_dim", hopper.HEAD_DIMS)
 def test_8_bit_caches_of_every_head_follow_the_reference(head_dim: int, cache_dtype: str) -> None:
     shape = Shape(heads=(8, 2), head_dim=head_dim, page=32, cache_dtype=cache_dtype)
     check(make_case(LARGE_DECODE, shape), make_spec(shape, one_query_per_slot=True), SPLIT)
     check(make_case(LARGE_MIXED, shape), make_spec(shape, window=100), has_sinks=True)
+    check(make_case(LARGE_MIXED, shape), make_spec(shape, window=100), {**WIDE, "overlapped": 1}, has_sinks=True)
 
 
 @pytest.mark.kernels
@@ -247,8 +272,6 @@ PROBLEM = PagedAttentionProblem(
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"platform": "cpu", "device_kind": "cpu"}, "made for Hopper, not for cpu"),
-        ({"device_kind": "NVIDIA GB300"}, "made for Hopper, not for NVIDIA GB300"),
         ({"head_dim": 112}, "head dimensions are 64, 80, 96, 128, 256, not 112"),
         ({"dtype": "float32", "cache_dtype": "float32"}, "bfloat16 or float16, not float32"),
         ({"cache_dtype": "float16"}, "must be bfloat16, float8_e4m3fn or int8, not float16"),

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from millrace.errors import CheckpointError, ConfigError
-from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec
+from millrace.models.config import AttentionSpec, LayerSpec, MlpSpec, ModelConfig
 from millrace.models.families import config_from_hf
 from millrace.models.quantization import named_format
 from millrace.pallas_kernels import native
 from millrace.pallas_kernels.quantized_matmul import matmuls
 from millrace.runtime import calibration
-from millrace.runtime.calibration import CalibrationText, read_text
+from millrace.runtime.calibration import CalibrationText, calibration_text
 from millrace.runtime.checkpoint import open_checkpoint
 from millrace.runtime.convert import convert, write_store
 from millrace.runtime.store import open_store
@@ -45,6 +45,11 @@ def arrays(store):
     return {
         path: store.read(path, tuple(slice(0, size) for size in entry.shape)) for path, entry in store.arrays.items()
     }
+
+
+def model_of(max_context_len):
+    """A model of 256 tokens and a context."""
+    return ModelConfig(family="llama", vocab_size=256, embed_dim=64, layers=(LAYER,), max_context_len=max_context_len)
 
 
 LARGE_SET = [pytest.param(name, marks=pytest.mark.kernels) for name in ("qwen3_moe_mixed", "gemma2_caps")]
@@ -101,23 +106,33 @@ def test_experts_that_saw_little_are_named(conversion):
 def test_a_short_text_is_refused_with_what_is_needed(tmp_path):
     (tmp_path / "text").write_text("one two three")
     with pytest.raises(ConfigError, match="at least 4,096 tokens, got 3"):
-        read_text(tmp_path / "text", Words(), 1024)
+        calibration_text(tmp_path / "text", Words(), model_of(1024))
 
 
 def test_windows_are_spread_over_the_text(tmp_path):
     (tmp_path / "text").write_text(" ".join("a" * (1 + i // 1000 % 7) for i in range(100_000)))
-    text = read_text(tmp_path / "text", Words(), 256)
+    text = calibration_text(tmp_path / "text", Words(), model_of(256))
     assert text.tokens.shape == (calibration.MAX_TOKENS // 256, 256)
     assert set(text.tokens.ravel().tolist()) == set(range(1, 8))
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "file", "message"), [(None, "text", "no|none"), (Words(), "absent", "cannot be read")]
+    ("tokenizer", "file", "message"),
+    [
+        (None, "text", "no|none"),
+        (Words(), "absent", "cannot be read"),
+        (Words(), "bytes", "bytes: expected a file of UTF-8 text"),
+        (Words(), "zeros", "bytes of zero"),
+        (Words(), "long", "makes token 300 of the text, but the model has 256 tokens"),
+    ],
 )
 def test_a_text_that_cannot_be_tokens_is_refused(tokenizer, file, message, tmp_path):
     (tmp_path / "text").write_text("one two three")
+    (tmp_path / "bytes").write_bytes(bytes(range(256)))
+    (tmp_path / "zeros").write_bytes(bytes(100))
+    (tmp_path / "long").write_text("a" * 300)
     with pytest.raises(ConfigError, match=message):
-        read_text(tmp_path / file, tokenizer, 1024)
+        calibration_text(tmp_path / file, tokenizer, model_of(1024))
 
 
 def test_calibration_without_a_format_is_refused(fixture_checkpoints, tmp_path):

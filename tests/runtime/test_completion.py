@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from millrace import SamplingParams
 from millrace.runtime.completion import Continuation, TokenEvent, entry, join
-from millrace.runtime.logprobs import MAX_LOGPROBS, Scores
+from millrace.runtime.limits import MAX_LOGPROBS
+from millrace.runtime.logprobs import Scores
 from millrace.runtime.request import CompletionOutput, Request
 from millrace.runtime.tokenizer import Tokenizer
 

@@ -11,7 +11,8 @@ import pytest
 from millrace import MillraceError, RequestOutput, SamplingParams
 from millrace.runtime.completion import TokenEvent
 from millrace.runtime.handle import RequestHandle
-from millrace.runtime.logprobs import MAX_LOGPROBS, Scores
+from millrace.runtime.limits import MAX_LOGPROBS
+from millrace.runtime.logprobs import Scores
 from millrace.runtime.request import Request
 from millrace.runtime.tokenizer import Tokenizer
 

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from millrace.runtime.logprobs import BLOCK_LEN, MAX_LOGPROBS, prompt_logprobs, score
+from millrace.runtime.limits import MAX_LOGPROBS
+from millrace.runtime.logprobs import BLOCK_LEN, prompt_logprobs, score
 
 VOCAB = 50
 

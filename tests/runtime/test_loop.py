@@ -9,7 +9,8 @@ import pytest
 
 from millrace import CheckpointError, MillraceError, ProgramError, RuntimeClosedError, SamplingParams, StepError
 from millrace.runtime.handle import RequestHandle
-from millrace.runtime.logprobs import MAX_LOGPROBS, Scores
+from millrace.runtime.limits import MAX_LOGPROBS
+from millrace.runtime.logprobs import Scores
 from millrace.runtime.loop import StepLoop
 from millrace.runtime.plan import StepPlan
 from millrace.runtime.request import Request

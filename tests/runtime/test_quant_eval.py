@@ -38,7 +38,7 @@ def scores_of(candidates: list[Candidate], text: str, mesh: dict[str, int]) -> l
     config = RuntimeConfig(mesh=tuple(mesh.items()), progress=False)
     source = open_model("embedded", None)
     assert source.tokenizer is not None
-    windows = make_windows(source.tokenizer, [text], WINDOW_LEN, NUM_TOKENS)
+    windows = make_windows(source, [text], WINDOW_LEN, NUM_TOKENS)
     return evaluate(source, config, make_mesh(mesh), windows, candidates)
 
 
@@ -116,9 +116,10 @@ def test_a_converted_store_scores_as_its_format_does(text: str, tmp_path: Path) 
 
 
 def test_every_token_of_a_text_is_scored_once(text: str) -> None:
-    tokenizer = open_model("embedded", None).tokenizer
+    source = open_model("embedded", None)
+    tokenizer = source.tokenizer
     assert tokenizer is not None
-    windows = make_windows(tokenizer, [text, text[:100]], 100)
+    windows = make_windows(source, [text, text[:100]], 100)
     ids = [token for part in (text, text[:100]) for token in tokenizer.encode(part)[1:]]
     targets = windows.targets.reshape(-1)
     assert targets[targets >= 0].tolist() == ids and windows.num_scored == len(ids)
@@ -139,7 +140,10 @@ def test_every_token_of_a_text_is_scored_once(text: str) -> None:
         (["--kv_cache_dtype=int8,int3"], "kv_cache_dtype must be one of float32, .*, int8 .*got 'int3'"),
         (["--window=4096"], "--window=4096 is beyond the model's 1024 tokens"),
         (["--window=1"], "--window must be at least 2"),
-        (["--text=nowhere.txt"], "--text=nowhere.txt: expected a file of UTF-8 text"),
+        (["--max_tokens=100"], "--max_tokens=100 is less than one window"),
+        (["--json=nowhere/x.json"], "--json=nowhere/x.json: expected a file in a folder that is there"),
+        (["--quantized=nowhere", "--quantization="], "nowhere is not a directory"),
+        (["--text=nowhere.txt"], "--text=nowhere.txt cannot be read .*Give a file of text"),
         (["--weights=stream"], "leave --weights out"),
     ],
 )  # fmt: skip
@@ -158,9 +162,29 @@ def test_a_text_shorter_than_a_window_is_refused(tmp_path: Path, capsys: pytest.
     assert "expected at least one window of 512 tokens, got" in capsys.readouterr().err
 
 
+def test_a_text_of_special_tokens_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "special.txt").write_text("<|endoftext|>" * 600)
+    assert main(["eval-quant", f"--text={tmp_path / 'special.txt'}"]) == 1
+    assert "the text has nothing to score" in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_another_model_is_refused(text: str) -> None:
+    source = open_model("embedded", None)
+    small = dataclasses.replace(source, config=dataclasses.replace(source.config, vocab_size=100))
+    with pytest.raises(ConfigError, match="but the model has 100 tokens"):
+        make_windows(small, [text], WINDOW_LEN)
+
+
+def test_the_beginning_of_a_long_text_is_enough(text: str) -> None:
+    source = open_model("embedded", None)
+    whole, beginning = make_windows(source, [20 * text], 100, 200), make_windows(source, [text], 100, 200)
+    np.testing.assert_array_equal(whole.tokens, beginning.tokens)
+    assert whole.num_bytes == beginning.num_bytes
+
+
 def test_a_quantized_model_is_no_reference(text: str) -> None:
     source = open_model("embedded", None, "int8")
     assert source.tokenizer is not None
-    windows = make_windows(source.tokenizer, [text], WINDOW_LEN)
+    windows = make_windows(source, [text], WINDOW_LEN)
     with pytest.raises(ConfigError, match="embedded is quantized: expected the plain model"):
         evaluate(source, RuntimeConfig(progress=False), make_mesh(), windows, [])

@@ -12,15 +12,21 @@ from .shared import read_bits, read_group, read_module_list
 DEFAULTS = {"group_size": 128, "version": "gemm", "zero_point": True}
 # Where a word of 32 bits holds each of eight neighbouring outputs.
 NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)
-# How other front ends run it.
-HARMLESS = ("backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "modules_to_fuse")
+# How the weights were found, and how other front ends run them.
+HARMLESS = ("backend", "do_fuse", "exllama_config", "fuse_max_seq_len", "meta", "modules_to_fuse", "sym")
 
 
 def read(section: ConfigReader, dtype: str) -> Scheme:
     """One format for all linear layers but the head and those of modules_to_not_convert; scales are float16."""
     read_bits(section, 4)
     section.expect("version", "gemm", "GEMM")
+    for key in ("checkpoint_format", "format"):
+        section.expect(key, "gemm")
     section.expect("zero_point", True)
+    section.expect("pack_dtype", "int32")
+    section.expect("desc_act", False)
+    section.expect("dynamic", {}, False)  # formats of single modules
+    section.expect("lm_head", False)
     section.ignore(*HARMLESS)
     format = WeightFormat(name="int4", storage="uint4", group=read_group(section), scale="float16", zeros=True)
     plain = Modules(frozenset(("lm_head", *read_module_list(section, "modules_to_not_convert"))))

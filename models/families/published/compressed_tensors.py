@@ -6,7 +6,7 @@ is at least as exact; 4-bit weights take activations as they are.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ....errors import UnsupportedModelError
@@ -24,7 +24,7 @@ _ARGS: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "symmetric": True, 
 # How scales were found, and the dtypes of tensors, which are seen from the tensors.
 _HARMLESS_ARGS = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 _IGNORED = (r".*\.(weight_shape|(input|output)_(scale|zero_point|global_scale))$", CACHE_SCALES)
-_MAX_PATTERN_LEN, _MAX_QUANTIFIERS = 256, 4
+_MAX_PATTERN_LEN, _MAX_QUANTIFIERS, _MAX_CHOICES = 4096, 4, 1_000_000
 
 _AS_THEY_ARE = ("float-quantized", "int-quantized", "naive-quantized")
 _NAMES = {("float", 8): "fp8", ("int", 8): "int8"}
@@ -34,34 +34,49 @@ _FP4: Mapping[Any, str] = {
     (("float", 4), "mxfp4-pack-quantized", 32): "mxfp4",
 }
 
-type Matcher = Callable[[str], bool]
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Selection:
+    """What an `ignore` or `targets` names: modules, "re:" and a pattern for their beginning, or all linear layers."""
+
+    names: frozenset[str]
+    patterns: tuple[re.Pattern[str], ...]
+
+    def closeness(self, module: str) -> int:
+        """How closely it names a module: 3 by its name, 2 by a pattern, 1 with all linear layers, 0 not at all."""
+        if module in self.names:
+            return 3
+        return 2 if any(pattern.match(module) for pattern in self.patterns) else int("Linear" in self.names)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Group:
     """Linear layers of one scheme."""
 
-    matches: Matcher
+    targets: _Selection
     format: WeightFormat
     remark: str | None
 
 
 def read(section: ConfigReader, dtype: str) -> Scheme:
-    """The format of the first group that names a layer, unless the layer is ignored."""
+    """The format of the group that names a layer most closely, the first of several; none if the layer is ignored."""
     section.ignore("global_compression_ratio", "version")
     section.expect("quantization_status", "compressed", "frozen")
-    section.expect("sparsity_config", {}, {"format": "dense"})
-    section.expect("transform_config", {})
-    layout = section.get("format")
+    section.expect("transform_config", {}, {"config_groups": {}})
+    if section.get("sparsity_config"):
+        sparsity = section.section("sparsity_config", {})
+        sparsity.expect("format", "dense")
+        sparsity.ignore("global_sparsity", "ignore", "registry_requires_subclass", "sparsity_structure", "targets")
     names = section.section("config_groups", {})
-    groups = [_read_group(names.section(name, _GROUP), layout, dtype) for name in sorted(_keys(section))]
-    is_ignored = _matcher(section, "ignore", read_module_list(section, "ignore"))
+    groups = [_read_group(names.section(name, _GROUP), _read_layout(section), dtype) for name in _keys(section)]
+    ignored = _read_selection(section, "ignore")
     remarks = [group.remark for group in groups] + [read_cache_remark(section)]
 
     def format_of(modules: Sequence[str]) -> WeightFormat | None:
-        if any(map(is_ignored, modules)):
+        if any(map(ignored.closeness, modules)):
             return None
-        return next((group.format for group in groups if any(map(group.matches, modules))), None)
+        found = [max(map(group.targets.closeness, modules), default=0) for group in groups]
+        return groups[found.index(max(found))].format if any(found) else None
 
     return Scheme(
         method="compressed-tensors",
@@ -79,9 +94,16 @@ def _keys(section: ConfigReader) -> list[str]:
     return list(groups)
 
 
-def _read_group(group: ConfigReader, layout: Any, dtype: str) -> _Group:
+def _read_layout(section: ConfigReader) -> str | None:
+    layout = section.get("format")
+    if not isinstance(layout, str | None):
+        raise section.wrong("format", "the name of a layout")
+    return layout
+
+
+def _read_group(group: ConfigReader, layout: str | None, dtype: str) -> _Group:
     group.expect("output_activations")
-    layout = group.get("format") or layout
+    layout = _read_layout(group) or layout
     weights = group.section("weights", _ARGS)
     weights.ignore(*_HARMLESS_ARGS)
     weights.expect("dynamic", False)
@@ -90,8 +112,7 @@ def _read_group(group: ConfigReader, layout: Any, dtype: str) -> _Group:
     format = _read_weights(weights, layout, dtype, activations)
     if activations != "own" and format.activations == "own":
         remark = "its activations are to be quantized, but stay as they are beside 4-bit weights and grouped ones"
-    targets = read_module_list(group, "targets")
-    return _Group(matches=_matcher(group, "targets", targets), format=format, remark=remark)
+    return _Group(targets=_read_selection(group, "targets"), format=format, remark=remark)
 
 
 def _read_activations(group: ConfigReader) -> tuple[ActivationDtype, str | None]:
@@ -109,7 +130,7 @@ def _read_activations(group: ConfigReader) -> tuple[ActivationDtype, str | None]
     return dtype, None if is_dynamic else STATIC_REMARK
 
 
-def _read_weights(args: ConfigReader, layout: Any, dtype: str, activations: ActivationDtype) -> WeightFormat:
+def _read_weights(args: ConfigReader, layout: str | None, dtype: str, activations: ActivationDtype) -> WeightFormat:
     format = _weight_format(args, layout, dtype, activations)
     if format is None:
         keys = ("type", "num_bits", "symmetric", "strategy", "group_size", "block_structure")
@@ -122,9 +143,12 @@ def _read_weights(args: ConfigReader, layout: Any, dtype: str, activations: Acti
     return format
 
 
-def _weight_format(args: ConfigReader, layout: Any, dtype: str, activations: ActivationDtype) -> WeightFormat | None:
+def _weight_format(
+    args: ConfigReader, layout: str | None, dtype: str, activations: ActivationDtype
+) -> WeightFormat | None:
     """None where it is none of those that are implemented."""
-    kind, strategy, symmetric = (args.get("type"), args.get("num_bits")), args.get("strategy"), args.flag("symmetric")
+    kind = (args.choice("type", {"int": "int", "float": "float"}), args.integer("num_bits"))
+    strategy, symmetric = args.get("strategy"), args.flag("symmetric")
     group = args.integer("group_size") if strategy in ("group", "tensor_group") else None
     by_row, suffix = strategy in ("tensor", "channel"), "_a16" if activations == "own" else ""
     if layout == "pack-quantized" and (by_row or group) and (kind, symmetric) in _PACKED:
@@ -168,22 +192,22 @@ def _spellings(projection: Projection, plain: Source) -> Mapping[str, tuple[Sour
     }
 
 
-def _matcher(section: ConfigReader, key: str, entries: Sequence[str]) -> Matcher:
-    """What an `ignore` or `targets` names: a module, "re:" and a pattern for its beginning, or all linear layers."""
-    names = frozenset(entries)
-    patterns = [_pattern(section, key, entry.removeprefix("re:")) for entry in entries if entry.startswith("re:")]
-    every = "Linear" in names
-    return lambda module: every or module in names or any(pattern.match(module) for pattern in patterns)
+def _read_selection(section: ConfigReader, key: str) -> _Selection:
+    entries = read_module_list(section, key)
+    patterns = (_pattern(section, key, entry.removeprefix("re:")) for entry in entries if entry.startswith("re:"))
+    return _Selection(names=frozenset(entries), patterns=tuple(patterns))
 
 
 def _pattern(section: ConfigReader, key: str, text: str) -> re.Pattern[str]:
     """A pattern that takes no longer than its length lets expect: a checkpoint may come from anybody."""
-    quantifiers = len(re.findall(r"(?<!\\)[*+{]", text))
-    if len(text) > _MAX_PATTERN_LEN or quantifiers > _MAX_QUANTIFIERS or re.search(r"\)[*+{]", text):
+    quantifiers = len(re.findall(r"(?<!\\)[*+{]|(?<![\\(*+?}])\?", text))
+    choices = (text.count("|") + 1) ** text.count("(")
+    is_slow = quantifiers > _MAX_QUANTIFIERS or choices > _MAX_CHOICES or re.search(r"\)[*+{]", text)
+    if len(text) > _MAX_PATTERN_LEN or is_slow:
         raise section.wrong(
             key,
-            f"names, or patterns of at most {_MAX_PATTERN_LEN} characters, {_MAX_QUANTIFIERS} repetitions and no "
-            f"repeated group (unlike {text!r:.60})",
+            f"names, or patterns of at most {_MAX_PATTERN_LEN:,} characters, {_MAX_QUANTIFIERS} repetitions, few groups "
+            f"and none that is repeated (unlike {text!r:.60})",
         )
     try:
         return re.compile(text)

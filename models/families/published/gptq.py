@@ -5,20 +5,21 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from ....pallas_kernels.quantized_matmul.contract import WeightFormat
-from ..reader import ConfigReader
+from ..reader import ConfigReader, agreed
 from ..source import Source
 from .packing import Companion, GroupOrder, MiddleZeros, NoBias, PackedInputs, Scales, ZeroPoints
 from .scheme import Modules, Projection, Scheme, beside
 from .shared import packed_integers, read_bits, read_group
 
-DEFAULTS = {"checkpoint_format": "gptq", "desc_act": False, "group_size": 128, "lm_head": False, "sym": True}
+DEFAULTS = {"desc_act": False, "group_size": 128, "lm_head": False, "sym": True}
 # How the weights were found, and how other front ends run them. That inputs are in order is seen from g_idx.
 HARMLESS = tuple(
     """
-    act_group_aware backend batch_size block_name_to_quantize cache_block_outputs damp_auto_increment damp_percent
-    dataset desc_act disable_exllama exllama_config max_input_length meta model_file_base_name model_name_or_path
-    model_seqlen module_name_preceding_first_block mse pad_token_id static_groups tokenizer true_sequential
-    use_cuda_fp16 use_exllama
+    act_group_aware amp autoround_version backend batch_size block_name_to_quantize cache_block_outputs
+    damp_auto_increment damp_percent dataset desc_act disable_exllama enable_minmax_tuning enable_norm_bias_tuning
+    enable_quanted_input exllama_config gradient_accumulate_steps iters low_gpu_mem_usage lr max_input_length meta
+    minmax_lr model_file_base_name model_name_or_path model_seqlen module_name_preceding_first_block mse nsamples
+    pad_token_id scale_dtype seqlen static_groups tokenizer true_sequential use_cuda_fp16 use_exllama v2_alpha
     """.split()
 )
 
@@ -56,11 +57,13 @@ def read(section: ConfigReader, dtype: str) -> Scheme:
     section.expect("dynamic", {}, False)  # formats of single modules
     section.expect("is_marlin_format", False)
     section.expect("pack_dtype", "int32")
+    section.expect("data_type", "int")
+    section.expect("hyb_act", False)
+    section.expect("v2", False)  # a way of finding weights, not the format gptq_v2
     symmetric, bits = section.flag("sym"), read_bits(section, 4, 8)
     if bits == 8 and not symmetric:
         raise section.wrong("sym", "true where 'bits' is 8")
-    stored_less = section.choice("checkpoint_format", {"gptq": 1, "gptq_v2": 0})
-    layout = Layout(bits=4 if bits == 4 else 8, symmetric=symmetric, stored_less=stored_less)
+    layout = Layout(bits=4 if bits == 4 else 8, symmetric=symmetric, stored_less=_read_stored_less(section))
     format = packed_integers(bits, read_group(section), dtype, zeros=not symmetric)
     with_head, only = section.flag("lm_head"), _read_inner_modules(section)
     head = Modules(frozenset({"lm_head"}))
@@ -71,6 +74,13 @@ def read(section: ConfigReader, dtype: str) -> Scheme:
         return format if only is None or any(module in only for module in modules) else None
 
     return Scheme(method="gptq", format_of=format_of, spellings=layout.spellings)
+
+
+def _read_stored_less(section: ConfigReader) -> int:
+    """Layout.stored_less, by the name of the layout, for which versions of the tools have different keys."""
+    given = [key for key in ("checkpoint_format", "format") if section.get(key) is not None]
+    agreed([(key, section.get(key)) for key in given], section.where)
+    return section.choice(given[0], {"gptq": 1, "gptq_v2": 0}) if given else 1
 
 
 def _read_inner_modules(section: ConfigReader) -> Modules | None:

@@ -40,7 +40,7 @@ def test_convert_shows_its_progress(checkpoint_dir, tmp_path, monkeypatch, capsy
     [
         (["convert"], "expected a source and a destination"),
         (["convert", "x"], "expected a source and a destination"),
-        (["convert", "x", "y", "--dtype=int8"], "dtype should be one of bfloat16, float16, float32; got 'int8'"),
+        (["convert", "x", "y", "--dtype=int8"], "dtype must be one of float32, bfloat16, float16"),
         (["convert", "./absent", "y"], "is not a directory"),
         (["convert", "memory://a", "memory://b", "--revision=main"], "revision='main' goes with org/name"),
         (["verify-store"], "expected a store"),

@@ -1,4 +1,4 @@
-"""The rows and claims of weights.py as they come, each told on stderr at once."""
+"""The rows and claims of a long benchmark as they come, each told on stderr at once."""
 
 import statistics
 import sys
