@@ -76,6 +76,7 @@ class KernelChoices:
         self.device_kind = device_kind
         self._named = named
         self._made: dict[tuple[Operation, str], None] = {}
+        self._said: set[str] = set()
         self._lock = threading.Lock()  # programs may be traced in several threads
 
     @property
@@ -87,18 +88,21 @@ class KernelChoices:
     def choose[Problem](
         self, operation: Operation, table: Sequence[Implementation[Problem]], problem: Problem
     ) -> Implementation[Problem]:
-        """As the function `choose`, with this runtime's names; logs a new choice and why none above it was taken.
+        """As the function `choose`, with this runtime's names; logs a choice, and why none above it was taken, where
+        either is new.
 
         The `fn` and `several` of one that is tuned have their `device_kind`.
         """
         entry = choose(operation, table, problem, self._named.get(operation))
+        passed_over = [other for other in table[: table.index(entry)] if operation not in self._named]
+        reasons = "; ".join(f"not {other.name}: {other.unsupported(problem)}" for other in passed_over)
+        line = f"{operation} on {self.platform}: {entry.name}{reasons and f' ({reasons})'}"
         with self._lock:
-            is_new = (operation, entry.name) not in self._made
+            is_new = line not in self._said
             self._made[operation, entry.name] = None
+            self._said.add(line)
         if is_new:
-            passed_over = [other for other in table[: table.index(entry)] if operation not in self._named]
-            reasons = "; ".join(f"not {other.name}: {other.unsupported(problem)}" for other in passed_over)
-            _logger.info("%s on %s: %s%s", operation, self.platform, entry.name, reasons and f" ({reasons})")
+            _logger.info("%s", line)
         if not entry.is_tuned:
             return entry
         options = {"device_kind": self.device_kind}

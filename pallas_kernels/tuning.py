@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,8 @@ _CHIPS: Mapping[str, Generation] = {
 
 def generation(device_kind: str) -> Generation | None:
     """The generation of a device that jax names so, as in "NVIDIA H100 80GB HBM3"; None if no kernel knows it."""
-    return next((_CHIPS[word] for word in device_kind.split() if word in _CHIPS), None)
+    chip = _chip(device_kind)
+    return None if chip is None else _CHIPS[chip]
 
 
 def tuned(operation: str, device_kind: str, key: str) -> Mapping[str, int]:
@@ -26,9 +28,9 @@ def tuned(operation: str, device_kind: str, key: str) -> Mapping[str, int]:
 
     Raises KernelError where the file has no such key.
     """
-    chip = next((word for word in device_kind.split() if word in _CHIPS), "")
+    chip = _chip(device_kind)
     folder = Path(__file__).parent / operation / "tuning"
-    names = [name for name in (chip.lower(), generation(device_kind)) if name]
+    names = () if chip is None else (chip.lower(), _CHIPS[chip])
     path = next((path for name in names if (path := folder / f"{name}.json").is_file()), None)
     if path is None:
         raise KernelError(f"{operation} has no tuned sizes for {device_kind!r}: expected {folder}/CHIP.json")
@@ -36,6 +38,10 @@ def tuned(operation: str, device_kind: str, key: str) -> Mapping[str, int]:
     if key not in sizes:
         raise KernelError(f"{path.name} of {operation} has no sizes for {key!r}; it has {', '.join(sizes)}")
     return sizes[key]
+
+
+def _chip(device_kind: str) -> str | None:
+    return next((word for word in re.split(r"[ -]", device_kind) if word in _CHIPS), None)
 
 
 @functools.cache

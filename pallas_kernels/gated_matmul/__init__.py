@@ -49,6 +49,7 @@ def gated_matmul(
         format=whole.format if isinstance(whole, QuantizedWeight) else None,
         dtype=gate.dtype.name,
         in_dim=gate.shape[-1],
+        out_dim=weight.shape[0],
     )
     chosen = kernels.choose("gated_matmul", TABLE, problem)
     output: jax.Array = chosen.fn(

@@ -17,3 +17,4 @@ class GatedMatmulProblem:
     format: WeightFormat | None  # of the weight; None: it is not quantized
     dtype: str  # of gate and up
     in_dim: int
+    out_dim: int

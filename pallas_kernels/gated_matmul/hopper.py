@@ -49,6 +49,8 @@ def unsupported(problem: GatedMatmulProblem) -> str | None:
         return "Mosaic has no error function"
     if problem.dtype != "bfloat16":
         return f"gates must be bfloat16, not {problem.dtype}"
+    if problem.out_dim % 64:
+        return f"out must be a multiple of 64, not {problem.out_dim}"
     if num_warpgroups(problem.in_dim, problem.device_kind) is None:
         return f"rows of {problem.in_dim} columns do not divide into warpgroups of whole loads of {_UNIT}"
     return None

@@ -152,8 +152,10 @@ class _Step:
     def _decode_case(self, sizes: Mapping[str, int], num_groups: int, split: Split) -> Decode:
         is_interpreted = not sizes.get("weights_in_registers", 1)
         case = Decode(**self._case(sizes), head_dim=self.q.shape[2], split=split, is_interpreted=is_interpreted)
+        while case.shared_bytes(num_groups) + 1024 > SHARED_BYTES:  # many heads of 256
+            case = dataclasses.replace(case, stages=case.stages - 1)
         resident = SHARED_BYTES // (case.shared_bytes(num_groups) + 1024)
-        return dataclasses.replace(case, num_ctas=sizes["sms"] * min(sizes["ctas_per_sm"], max(resident, 1)))
+        return dataclasses.replace(case, num_ctas=sizes["sms"] * min(sizes["ctas_per_sm"], resident))
 
     def _prefill_case(self, sizes: Mapping[str, int], num_groups: int) -> Prefill:
         units = Units(self.place.units.page_size, sizes.get("block_keys", BLOCK_KEYS))

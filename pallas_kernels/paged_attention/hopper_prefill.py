@@ -4,13 +4,13 @@ Schedule: persistent CTAs share units of work (tile, KV head), the last tiles fi
 turns back and forth, so that no CTA gets the longest of each turn: they end together. A tile is up to 64 rows per
 consumer warpgroup, a row one head of one query, so that the G heads which share a KV head share its keys. A producer
 warpgroup keeps `stages` blocks of 64 or 128 keys and values in flight by TMA, page by page, over the ends of units too,
-and prepares them: 8-bit blocks are widened (and scaled), values past a slot's last key become zeros. Consumers compute
-S = Q K^T, the running softmax in registers (M = 64 rows), O += P V with P from registers; only blocks at the diagonal
-or at a window's start are masked. If the kernel `is_overlapped`, S of a block and P V of the block before it are in
-flight together, and waited for at once. Q comes and the output goes in pieces, heads of one query that are whole tiled
-rows of shared memory, so that both lie in device memory as the step has them and a tile stores no row but its own;
-where heads make no such piece, both are tiles of their own, which the caller gathers. Rows of no slot, or of one
-without keys, are tiles without blocks, which come out as zeros.
+and prepares them: 8-bit blocks are widened, values past a slot's last key become zeros. Consumers compute S = Q K^T,
+the running softmax in registers (M = 64 rows), O += P V with P from registers (scales of an int8 cache are of S and P,
+in float32); only blocks at the diagonal or at a window's start are masked. If the kernel `is_overlapped`, S of a block
+and P V of the block before it are in flight together, and waited for at once. Q comes and the output goes in pieces,
+heads of one query that are whole tiled rows of shared memory, so that both lie in device memory as the step has them
+and a tile stores no row but its own; where heads make no such piece, both are tiles of their own, which the caller
+gathers. Rows of no slot, or of one without keys, are tiles without blocks, which come out as zeros.
 The tensor cores bound it, and the exponentials next to them: 64 x 64 of either per 64 keys and consumer; with blocks of
 64 shared memory as well, from which S alone asks all that it gives. Two consumers fill each other's gaps as they come:
 taking turns at the tensor cores, by barriers, was 2 to 4 % slower on an H200.
@@ -35,12 +35,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..mosaic import ROWS, swizzled
+from ..mosaic import COLUMNS, ROWS, swizzled
 from .hopper_prefill_work import ROWS_EACH, Prefill, Share, Unit
 from .hopper_tiles import (
     LOG2_E,
     MASKED,
     along_columns,
+    along_rows,
     full,
     line_bytes,
     log2_scores,
@@ -109,7 +110,8 @@ def _scratch(case: Prefill, head_dim: int) -> dict[str, Any]:
     else:
         scratch["tail_here"] = plgpu.Barrier(num_arrivals=num_copies)
     if case.has_scales:
-        scratch["scales"] = plgpu.SMEM((case.raw_stages, 2, case.units.block_keys), jnp.float32)
+        scratch["raw_scales"] = plgpu.SMEM((case.raw_stages, 2, case.units.block_keys), jnp.float32)
+        scratch["scales"] = plgpu.SMEM((case.stages, 2, case.units.block_keys), jnp.float32)
     return scratch | tensor_memory(case.units.block_keys, head_dim) if case.has_tensor_memory else scratch
 
 
@@ -190,7 +192,7 @@ class _Producer:
             def _() -> None:
                 stage = lax.rem(num_before + i, ring)
                 raw = self.scratch["raw"].at[stage]
-                scales = self.scratch["scales"].at[stage] if self.case.has_scales else None
+                scales = self.scratch["raw_scales"].at[stage] if self.case.has_scales else None
                 self._fetch(unit, i, pages, (raw.at[0], raw.at[1], scales), self.scratch["raw_here"].at[stage])
 
         def one(i: jax.Array, pages: list[jax.Array]) -> list[jax.Array]:
@@ -199,6 +201,8 @@ class _Producer:
             plgpu.barrier_wait(self.scratch["raw_here"].at[raw_stage])
             for which in (0, 1):
                 self._widen(unit, i, which, raw_stage, stage)
+            if self.case.has_scales:
+                self._pass_scales(unit, i, raw_stage, stage)
             plgpu.commit_smem()
             plgpu.barrier_arrive(self.scratch["here"].at[stage])
             fetch(i + ring, pages)
@@ -241,13 +245,17 @@ class _Producer:
         for columns in widened_columns(self.scratch["raw"].shape[3]):
             raw = plgpu.load(self.scratch["raw"].at[raw_stage, which, :, columns], layout=layout, optimized=False)
             wide = raw.astype(self.case.math_dtype)
-            if self.case.has_scales:
-                rows = self.scratch["scales"].at[raw_stage, which]
-                scales = plgpu.load(rows, layout=layout.reduce(1), optimized=False).astype(wide.dtype)
-                wide = wide * along_columns(scales, wide.shape)
             if which:
                 wide = self._cleared(wide, unit, i, layout)
             self.scratch["values" if which else "keys"].at[stage, :, columns][...] = wide
+
+    def _pass_scales(self, unit: Unit, i: jax.Array, raw_stage: jax.Array, stage: jax.Array) -> None:
+        """To the consumers, and none of keys past the slot's last."""
+        shape = (2, self.case.units.block_keys)
+        layout = plgpu.Layout.WG_STRIDED(shape, vec_size=1)
+        scales = plgpu.load(self.scratch["raw_scales"].at[raw_stage], layout=layout, optimized=False)
+        position = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout) + unit.key_of(i)
+        self.scratch["scales"].at[stage][...] = jnp.where(position < unit.num_keys, scales, 0.0)
 
     def _cleared(self, values: jax.Array, unit: Unit, i: jax.Array, layout: Any) -> jax.Array:
         """Zeros past the slot's last key: a weight of 0 does not hide a NaN."""
@@ -362,13 +370,13 @@ class _Consumer:
     def _join(self, num_before: jax.Array, unit: Unit, is_masked: bool, i: jax.Array, sums: _Sums) -> _Sums:
         """Block i, one product behind the other."""
         stage = self._wait_for(num_before + i)
-        sums, weights = self._weigh(unit, i, self._scores(stage), sums, is_masked)
+        sums, weights = self._weigh(unit, i, stage, self._scores(stage), sums, is_masked)
         return self._add(stage, sums, weights)
 
     def _overlapped(self, num_before: jax.Array, unit: Unit) -> _Sums:
         """All blocks of a unit that has some, each one's scores multiplied together with the values before it."""
-        scores = self._scores(self._wait_for(num_before))
-        carry = self._weigh(unit, jnp.int32(0), scores, self._nothing, is_masked=True)
+        stage = self._wait_for(num_before)
+        carry = self._weigh(unit, jnp.int32(0), stage, self._scores(stage), self._nothing, is_masked=True)
         sums, weights = self._visit(unit, 1, functools.partial(self._follow, num_before, unit), carry)
         return self._add(self._stage(num_before + unit.num_blocks - 1), sums, weights)
 
@@ -381,7 +389,7 @@ class _Consumer:
         before = self._stage(num_before + i - 1)
         if not self.case.weights_in_registers:
             sums = self._add(before, sums, weights)
-            return self._weigh(unit, i, self._scores(stage), sums, is_masked)
+            return self._weigh(unit, i, stage, self._scores(stage), sums, is_masked)
 
         def run(products: Any) -> tuple[_Sums, jax.Array]:
             plgpu.wgmma(products, self._q, self._keys(stage))
@@ -389,7 +397,7 @@ class _Consumer:
 
         shape = (ROWS_EACH, self.case.units.block_keys)
         sums, scores = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-        return self._weigh(unit, i, scores, sums, is_masked)
+        return self._weigh(unit, i, stage, scores, sums, is_masked)
 
     def _stage(self, count: jax.Array) -> jax.Array:
         return lax.rem(count, self.case.stages)
@@ -405,10 +413,10 @@ class _Consumer:
         return product_of(self.scratch)((ROWS_EACH, self.case.units.block_keys), self._q, self._keys(stage))
 
     def _weigh(
-        self, unit: Unit, i: jax.Array, scores: jax.Array, sums: _Sums, is_masked: bool
+        self, unit: Unit, i: jax.Array, stage: jax.Array, scores: jax.Array, sums: _Sums, is_masked: bool
     ) -> tuple[_Sums, jax.Array]:
         """Block i but for its values: what was summed up before it decays, and its keys' weights."""
-        scores, factor = self._log2_scores(scores)
+        scores, factor = self._log2_scores(self._scaled(scores, stage, 0))
         if is_masked:
             scores = self._masked(scores, unit.key_of(i), unit.position)
         peak = jnp.maximum(sums.peak, jnp.max(scores, axis=1) * factor)
@@ -416,10 +424,16 @@ class _Consumer:
         decay = jnp.exp2(sums.peak - peak)
         total = sums.total * decay + jnp.sum(weights, axis=1)
         mixed = sums.mixed * along_columns(decay, sums.mixed.shape)
-        barred: tuple[_Sums, jax.Array] = lax.optimization_barrier(
-            (_Sums(peak, total, mixed), weights.astype(self.case.math_dtype))
-        )
+        weights = self._scaled(weights, stage, 1).astype(self.case.math_dtype)
+        barred: tuple[_Sums, jax.Array] = lax.optimization_barrier((_Sums(peak, total, mixed), weights))
         return barred
+
+    def _scaled(self, columns: jax.Array, stage: jax.Array, which: int) -> jax.Array:
+        """Scores [64, keys] times their keys' scales (0), or weights times their values' (1), if there are any."""
+        if not self.case.has_scales:
+            return columns
+        scales = plgpu.load(self.scratch["scales"].at[stage, which], layout=COLUMNS, optimized=False)
+        return columns * along_rows(scales, columns.shape)
 
     def _log2_scores(self, products: jax.Array) -> tuple[jax.Array, float]:
         """Scores, and what makes them powers of two: the peak is found first, and scaled, so that scores never are."""

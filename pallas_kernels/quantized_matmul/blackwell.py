@@ -181,23 +181,26 @@ def _body(
         which, channels = accumulator(item)[0], pl.ds(item.out_tile * CHANNELS, CHANNELS)
         layout, num_staged = plgpu.Layout.TCGEN05, staged.shape[0]
 
+        def put(first: int, piece: jax.Array) -> None:
+            store_rows(piece, staged, out, item.start + first, item.own, channels, plgpu.Layout.TCGEN05_TRANSPOSED)
+
         @pl.when(item.steps > 0)
         def _() -> None:
             plgpu.barrier_wait(done.at[which])
-
-        for first in range(0, sizes.rows, num_staged):
-            columns = sums.at[:, pl.ds(which * sizes.rows + first, num_staged)]
-            piece = plgpu.async_load_tmem(columns, layout=layout)
-            if scales is not None:
-                by_row = scales[0].at[pl.ds(item.start + first, num_staged)]
-                piece = scaled(piece, by_row, scales[1].at[item.group, channels], layout)
-            piece = jnp.where(item.steps > 0, piece, 0.0)  # without steps there is no product
-            store_rows(piece, staged, out, item.start + first, item.own, channels, plgpu.Layout.TCGEN05_TRANSPOSED)
-        plgpu.wait_load_tmem()
-
-        @pl.when(item.steps > 0)
-        def _() -> None:
+            for first in range(0, sizes.rows, num_staged):
+                columns = sums.at[:, pl.ds(which * sizes.rows + first, num_staged)]
+                piece = plgpu.async_load_tmem(columns, layout=layout)
+                if scales is not None:
+                    by_row = scales[0].at[pl.ds(item.start + first, num_staged)]
+                    piece = scaled(piece, by_row, scales[1].at[item.group, channels], layout)
+                put(first, piece)
+            plgpu.wait_load_tmem()
             plgpu.barrier_arrive(stored.at[which])
+
+        @pl.when(item.steps == 0)  # rows of no group: the next item's product may be under way in this accumulator
+        def _() -> None:
+            for first in range(0, sizes.rows, num_staged):
+                put(first, plgpu.layout_cast(jnp.zeros((CHANNELS, num_staged), jnp.float32), layout))
 
     @pl.when(warpgroup == _LOADS)
     def _() -> None:

@@ -22,8 +22,9 @@ the fusion that computes the row (a norm, an activation), where it costs no pass
 Operands. A slot is refilled only after every consumer (of the cluster) arrived at `free`. A consumer arrives for step
 k-1 after `wgmma_wait(1)` behind the wgmma of step k, which leaves only that one in flight; for a tile's last step after
 the accumulator was read, which waits for all. Staged output is rewritten once its TMA store has read it
-(`wait_smem_to_gmem`, by the warpgroup that issued it and whose own room it is); the scales' slot is a ring of one. Of a
-branch's copies exactly one is issued, by the thread that would without it: arrivals and stores are counted as ever.
+(`wait_smem_to_gmem`, by the warpgroup that issued it and whose own room it is); the scales' slot is a ring of one, read
+by plain loads before the `commit_smem` of the staged output, behind which it is released. Of a branch's copies exactly
+one is issued, by the thread that would without it: arrivals and stores are counted as ever.
 """
 
 import dataclasses

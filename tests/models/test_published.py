@@ -133,9 +133,21 @@ def test_a_listed_name_means_whole_parts_between_dots(entry: str, module: str, i
         (changed("qwen3_fp8_block", weight_block_size=[96, 128]), "128 outputs do not divide into blocks of 96"),
         (changed("qwen3_fp8_block", activation_scheme="none"), "'activation_scheme' should be one of dynamic, static"),
         (changed("phi3_packed", format="marlin-24"), "packed integers .*got .*'format' 'marlin-24'"),
-        (changed("phi3_packed", ignore=["re:(a+)+$"]), "no repeated group"),
+        (
+            changed("llama_gptq", checkpoint_format="gptq", format="gptq_v2"),
+            "contradicts itself: .*'format' is 'gptq_v2'",
+        ),
+        (changed("llama_gptq", hyb_act=True), "'hyb_act' should be false"),
+        (changed("qwen2_awq", format="marlin"), "'format' should be 'gemm'"),
+        (changed("qwen2_awq", lm_head=True), "'lm_head' should be false"),
+        (changed("phi3_packed", ignore=["re:(a+)+$"]), "none of them repeated"),
+        (changed("phi3_packed", ignore=["re:" + ".?" * 60 + "X"]), "at most 4,096 characters, 4 repetitions"),
+        (changed("phi3_packed", ignore=["re:" + "(a|a)" * 60 + "X"]), "few groups"),
+        (changed("phi3_packed", format=["pack-quantized"]), "'format' should be the name of a layout"),
+        (regrouped("phi3_packed", "weights", type={}), "'type' should be one of int, float"),
+        (regrouped("phi3_packed", "weights", num_bits=[8]), "'num_bits' should be a whole number"),
         (changed("phi3_packed", ignore=["re:["]), "names and patterns"),
-        (changed("phi3_packed", sparsity_config={"format": "sparse-24-bitmask"}), "'sparsity_config' should be"),
+        (changed("phi3_packed", sparsity_config={"format": "sparse-24-bitmask"}), "'format' should be 'dense'"),
         (changed("phi3_packed", transform_config={"config_groups": {"R1": {}}}), "'transform_config' should be"),
         (changed("phi3_packed", config_groups={}), "an object of at least one group"),
         (regrouped("phi3_packed", "weights", num_bits=3), "got 'type' 'int', 'num_bits' 3"),
@@ -147,6 +159,37 @@ def test_a_listed_name_means_whole_parts_between_dots(entry: str, module: str, i
 def test_an_unknown_scheme_is_refused_by_name(config: dict[str, Any], wanted: str) -> None:
     with pytest.raises(UnsupportedModelError, match=wanted):
         config_from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("llama_gptq", {"format": "gptq", "hyb_act": False, "v2": False, "v2_alpha": 0.25, "lm_head": False}),
+        ("llama_gptq", {"iters": 200, "nsamples": 128, "seqlen": 2048, "autoround_version": "0.5", "data_type": "int"}),
+        (
+            "qwen2_awq",
+            {"format": "gemm", "checkpoint_format": "gemm", "desc_act": False, "meta": {"damp_percent": 0.1}},
+        ),
+        ("qwen2_awq", {"lm_head": False, "pack_dtype": "int32", "sym": False, "dynamic": {}}),
+        ("phi3_packed", {"sparsity_config": {"format": "dense", "global_sparsity": 0.1, "targets": []}}),
+        ("phi3_packed", {"transform_config": {"config_groups": {}}}),
+        ("phi3_packed", {"ignore": [rf"re:nothing\.({'|'.join(map(str, range(80)))})\.mlp\.down_proj$"]}),
+    ],
+)
+def test_what_tools_write_beside_the_format_changes_nothing(name: str, written: dict[str, Any]) -> None:
+    assert formats(changed(name, **written)) == formats(read_config(name))
+
+
+def test_the_group_that_names_a_module_most_closely_is_its_own() -> None:
+    """As compressed-tensors has it: by name, by pattern, and last by class; the order of groups is that of the file."""
+    config = read_config("phi3_packed")
+    groups = config["quantization_config"]["config_groups"]
+    every = next(iter(groups.values()))
+    by_pattern = {**every, "targets": [r"re:.*down_proj$"], "weights": {**every["weights"], "num_bits": 8}}
+    by_pattern["weights"] |= {"symmetric": True}
+    config["quantization_config"]["config_groups"] = {"group_0": every, "group_1": by_pattern}
+    found = dict(config_from_hf(config).layers[1].mlp.formats)
+    assert found["down"].name == "int8_a16" and found["gate"].name == found["up"].name == "int4"
 
 
 def test_experts_that_differ_are_refused() -> None:

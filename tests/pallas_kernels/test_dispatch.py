@@ -52,6 +52,15 @@ def test_choices_log_each_choice_once_with_what_was_passed_over(caplog: pytest.L
     assert kernels.made == (("paged_attention", "plain"),)
 
 
+def test_a_choice_for_another_reason_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
+    kernels = KernelChoices("cpu")
+    with caplog.at_level(logging.INFO):
+        for table in ([FAST, PLAIN], [EVEN, PLAIN], [FAST, PLAIN]):
+            assert kernels.choose("paged_attention", table, 3) is PLAIN
+    first, second = caplog.messages
+    assert "(not fast: " in first and "(not even: " in second
+
+
 def test_choices_follow_the_given_names() -> None:
     kernels = KernelChoices("cpu", {"grouped_matmul": "plain"})
     assert kernels.choose("grouped_matmul", [EVEN, PLAIN], 2) is PLAIN

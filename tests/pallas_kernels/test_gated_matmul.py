@@ -18,6 +18,7 @@ from millrace.pallas_kernels.quantized_matmul.formats import quantize
 H200 = "NVIDIA H200"
 PROBLEM = GatedMatmulProblem(
     platform="gpu", device_kind=H200, activation="silu", format=FORMATS["fp8"], dtype="bfloat16", in_dim=28672,
+    out_dim=8192,
 )  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def test_widths_of_models_divide_into_warpgroups(width: int) -> None:
         ({"activation": "gelu"}, "error function"),
         ({"dtype": "float32"}, "must be bfloat16, not float32"),
         ({"in_dim": 11008}, "rows of 11008 columns"),
+        ({"out_dim": 96}, "out must be a multiple of 64, not 96"),
     ],
 )
 def test_what_others_must_do_is_said(change: dict[str, object], reason: str) -> None:

@@ -58,6 +58,19 @@ def test_rows_of_uneven_groups_meet_their_weights() -> None:
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-3)
 
 
+def test_rows_of_no_group_leave_the_next_items_sums_alone() -> None:
+    """Items without steps come between those of a panel, and share an accumulator with the next."""
+    x, weight = draw(40, 128), draw(1, 256, 128)
+    output = blackwell.grouped_matmul(
+        x, weight, jnp.asarray([8], jnp.int32), platform="gpu", device_kind=B200, out_dtype=jnp.float32,
+        sizes=Sizes(rows=32, channels=128, stages=2, panel=1, blocks=1),
+        interpret=plgpu.InterpretGPUParams(detect_races=True),
+    )  # fmt: skip
+    expected = np.zeros((40, 256), np.float32)
+    expected[:8] = np.float32(x)[:8] @ np.float32(weight)[0].T
+    np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.kernels
 @pytest.mark.parametrize("is_fp8", [False, True])
 @pytest.mark.parametrize("tile_rows", ROW_TILES)

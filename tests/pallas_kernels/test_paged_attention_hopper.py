@@ -166,8 +166,10 @@ def test_rows_without_keys_and_rows_of_nobody_are_zeros(groups: int) -> None:
 
 @pytest.mark.parametrize("cache_dtype", [pytest.param("float8_e4m3fn", marks=pytest.mark.kernels), "int8"])
 def test_steps_over_an_8_bit_cache_follow_the_reference(cache_dtype: str) -> None:
+    """Of queries that are large, too, which show scales that were rounded."""
     shape = Shape(page=32, cache_dtype=cache_dtype)
-    check(make_case([(1, 70), (3, 35)], shape), make_spec(shape))
+    case = make_case([(1, 70), (3, 35), (8, 90)], shape)
+    check(dataclasses.replace(case, q=16 * case.q), make_spec(shape))
 
 
 LARGE_DECODE = [(1, keys) for keys in (1, 8, 0, 63, 64, 65, 130, 513)]
@@ -286,11 +288,18 @@ def test_what_it_cannot_serve_is_named(change: dict[str, Any], reason: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("one_query_per_slot", "cache_dtype"),
-    [(True, "bfloat16"), (False, "bfloat16"), (True, "float8_e4m3fn"), (True, "int8")],
+    ("one_query_per_slot", "cache_dtype", "head_dim"),
+    [
+        (True, "bfloat16", 128),
+        (False, "bfloat16", 128),
+        (True, "float8_e4m3fn", 128),
+        (True, "int8", 128),
+        (False, "int8", 128),
+        (False, "bfloat16", 256),
+    ],
 )
-def test_a_hopper_chip_gets_these_kernels(one_query_per_slot: bool, cache_dtype: str) -> None:
-    """Lowered for it on a machine without one, with the sizes that are tuned for it."""
+def test_a_hopper_chip_gets_these_kernels(one_query_per_slot: bool, cache_dtype: str, head_dim: int) -> None:
+    """Lowered for it on a machine without one, with the sizes that are tuned for it; 64 heads share two KV heads."""
     kernels = KernelChoices("gpu", device_kind=H200)
     device = AbstractDevice(device_kind=H200, num_cores=132, platform="gpu")
     spec = PagedAttentionSpec(scale=0.1, one_query_per_slot=one_query_per_slot)
@@ -303,9 +312,9 @@ def test_a_hopper_chip_gets_these_kernels(one_query_per_slot: bool, cache_dtype:
 
     batch = PagedBatch(of(jnp.int32, 8, 4), of(jnp.int32, 9), of(jnp.int32, 8))
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        scales = of(jnp.float32, 2, 9, 2, 8, 64) if cache_dtype == "int8" else None
-        cache = KvCache(of(jnp.dtype(cache_dtype), 2, 9, 2, 8, 64, 128), scales)
-        traced = jax.jit(attend).trace(of(jnp.bfloat16, 8, 64, 128), cache, batch)
+        scales = of(jnp.float32, 2, 9, 2, 2, 64) if cache_dtype == "int8" else None
+        cache = KvCache(of(jnp.dtype(cache_dtype), 2, 9, 2, 2, 64, head_dim), scales)
+        traced = jax.jit(attend).trace(of(jnp.bfloat16, 8, 128, head_dim), cache, batch)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
     assert kernels.made == (("paged_attention", "hopper"),)
 

@@ -10,6 +10,7 @@ from millrace.sharding.targets import TARGETS
 @pytest.mark.parametrize(
     ("device_kind", "expected"),
     [("NVIDIA H200", "hopper"), ("NVIDIA H100 80GB HBM3", "hopper"), ("NVIDIA GB300", "blackwell"),
+     ("NVIDIA H20-3e", "hopper"), ("NVIDIA GH200 480GB", "hopper"), ("NVIDIA H100 PCIe", "hopper"),
      ("NVIDIA A100-SXM4-80GB", None), ("cpu", None), ("", None)],
 )  # fmt: skip
 def test_a_device_kind_names_its_generation(device_kind: str, expected: str | None) -> None:

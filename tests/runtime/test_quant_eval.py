@@ -1,5 +1,6 @@
 """What quantization costs the embedded model, on a short text; and what cannot be evaluated, named."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_every_token_of_a_text_is_scored_once(text: str) -> None:
         (["--window=1"], "--window must be at least 2"),
         (["--max_tokens=100"], "--max_tokens=100 is less than one window"),
         (["--json=nowhere/x.json"], "--json=nowhere/x.json: expected a file in a folder that is there"),
-        (["--quantized=nowhere", "--quantization="], "nowhere is not a directory"),
+        (["--quantized=nowhere", "--quantization="], "'nowhere' is not a directory"),
         (["--text=nowhere.txt"], "--text=nowhere.txt cannot be read .*Give a file of text"),
         (["--weights=stream"], "leave --weights out"),
     ],

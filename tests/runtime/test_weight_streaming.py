@@ -16,6 +16,8 @@ from millrace import CheckpointError, ConfigError, MillraceError, Runtime, Sampl
 from millrace.models.decoder import AbstractDecoder
 from millrace.models.families import config_from_hf
 from millrace.models.partition import partition
+from millrace.runtime.checkpoint import open_checkpoint
+from millrace.runtime.convert import convert
 from millrace.runtime.param_tree import flatten
 from millrace.runtime.store import open_store
 from millrace.runtime.store_writer import save_store
@@ -183,6 +185,21 @@ def test_layers_that_go_through_pinned_memory_arrive_unchanged(
             region = (slice(layer.index, layer.index + 1), *(slice(0, size) for size in spec.shape))
             np.testing.assert_array_equal(array, store.read(f"{layer.path}/{leaf}", region)[0])
             assert array.sharding == placement.sharding(spec.axes)
+
+
+def test_a_number_without_axes_is_read_into_its_room(fixture_checkpoints: Path, tmp_path: Path) -> None:
+    """nvfp4 has a scale for all of a weight: of one layer, an array of no dimensions."""
+    checkpoint = open_checkpoint(fixture_checkpoints.parent / "quantized" / "llama_nvfp4")
+    store = convert(checkpoint, tmp_path / "store", show_progress=False)
+    decoder = AbstractDecoder(config_from_hf(dict(store.config)), np.dtype(store.dtype))
+    layers = StoreLayers(store, decoder, partition(decoder.config, make_mesh({})))
+    room = layers.new_room()
+    room[...] = 0xFF
+    found = flatten(layers.fetch(0, room))[0]
+    scales = {leaf: array for leaf, array in found.items() if array.ndim == 0}
+    assert scales
+    for leaf, array in scales.items():
+        assert array == store.read(f"{decoder.layers[0].path}/{leaf}", (slice(0, 1),))[0]
 
 
 def test_a_budget_below_one_layer_is_refused_with_the_least_that_works(

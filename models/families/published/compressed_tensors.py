@@ -206,8 +206,8 @@ def _pattern(section: ConfigReader, key: str, text: str) -> re.Pattern[str]:
     if len(text) > _MAX_PATTERN_LEN or is_slow:
         raise section.wrong(
             key,
-            f"names, or patterns of at most {_MAX_PATTERN_LEN:,} characters, {_MAX_QUANTIFIERS} repetitions, few groups "
-            f"and none that is repeated (unlike {text!r:.60})",
+            f"names, or patterns of at most {_MAX_PATTERN_LEN:,} characters, {_MAX_QUANTIFIERS} repetitions and few "
+            f"groups, none of them repeated (unlike {text!r:.60})",
         )
     try:
         return re.compile(text)
