@@ -13,7 +13,7 @@ from typing import Literal
 from ..models.config import AttentionSpec, LayerSpec, ModelConfig, MoeSpec
 from ..models.kv_cache import cached_head_bytes
 from ..pallas_kernels.quantized_matmul import WeightFormat
-from ..pallas_kernels.quantized_matmul.block_scaled import num_terms_of
+from ..pallas_kernels.quantized_matmul.block_scaled import product_of
 from ..sharding.axes import MeshAxis
 from ..sharding.targets import Target
 
@@ -172,11 +172,11 @@ def product_flops(format: WeightFormat, target: Target, dtype: str) -> float:
     quantized = {"float8_e4m3fn": "float8", "int8": "int8"}.get(format.activations)
     if quantized and not format.is_packed:
         return target.flops.get(quantized, plain)
-    num_terms = num_terms_of(format)
-    if num_terms is None or "float4" not in target.flops:
+    product = product_of(format)
+    if product is None or "float4" not in target.flops:
         return plain
-    narrow = "float4" if format.is_packed else "float8"
-    return max(plain, target.flops[narrow] / num_terms)
+    narrow = "float4" if product.format.is_packed else "float8"
+    return max(plain, target.flops[narrow] / product.num_terms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

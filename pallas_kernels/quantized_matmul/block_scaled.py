@@ -1,14 +1,17 @@
-"""mxfp8 and nvfp4 weights on Blackwell's block-scaled tensor cores, through `jax.nn.scaled_matmul` (cuDNN).
+"""mxfp8, nvfp4 and mxfp4 weights on Blackwell's block-scaled tensor cores, through `jax.nn.scaled_matmul` (cuDNN).
 
 Both operands of these instructions are block scaled, but activations are to stay their own: so they go as a sum of
 terms, each the rest of the one before, quantized as the weight is. Two terms of mxfp8 or three of nvfp4 hold what
 bfloat16 holds, to a thousandth of a row. The terms are more rows of the same product: free while reading the weight
 bounds it, and after that no slower than bfloat16, whose arithmetic is two (fp8) and four to six (fp4) times as slow.
 
-XLA rearranges the scales as cuDNN wants them on every call: a twelfth (mxfp8) to a quarter (nvfp4) more bytes.
+XLA rearranges the scales as cuDNN wants them on every call: a twelfth (mxfp8) to a quarter (nvfp4) more bytes. mxfp4 is
+no format of cuDNN's: its numbers become those of mxfp8, which holds them all, on every call as well: 2.5 bytes a weight
+are read and written, where dequantizing moves 4.5.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +20,14 @@ from jaxtyping import Array, Float
 
 from ..dispatch import Platform
 from ..tuning import generation
-from .contract import MAX_VALUE, MatmulProblem, QuantizedWeight, WeightFormat
+from .contract import FORMATS, MAX_VALUE, MatmulProblem, QuantizedWeight, WeightFormat
 
-# (storage, inputs that share a scale, its dtype): what cuDNN multiplies, and the terms that make up for bfloat16.
-_NUM_TERMS: Mapping[tuple[str, int | None, str], int] = {
-    ("float8_e4m3fn", 32, "float8_e8m0fnu"): 2,
-    ("float4_e2m1", 16, "float8_e4m3fn"): 3,
+# (storage, inputs that share a scale, its dtype): the format that cuDNN multiplies it in, and the terms that make up for
+# bfloat16.
+_PRODUCTS: Mapping[tuple[str, int | None, str], tuple[str, int]] = {
+    ("float8_e4m3fn", 32, "float8_e8m0fnu"): ("mxfp8", 2),
+    ("float4_e2m1", 32, "float8_e8m0fnu"): ("mxfp8", 2),
+    ("float4_e2m1", 16, "float8_e4m3fn"): ("nvfp4", 3),
 }
 _NUMBERS = {"float8_e4m3fn": "float8_e4m3fn", "float4_e2m1": "float4_e2m1fn"}
 _TINY = 2.0**-100  # a scale that is no zero, nor any of those that XLA flushes, for blocks of zeros
@@ -35,28 +40,37 @@ def unsupported(problem: MatmulProblem) -> str | None:
     format = problem.format
     if problem.platform != "gpu" or generation(problem.device_kind) != "blackwell":
         return f"block-scaled products are Blackwell's, not of {problem.device_kind or problem.platform}"
-    num_terms = num_terms_of(format) if format else None
-    if format is None or num_terms is None:
-        return f"weights must be mxfp8 or nvfp4, not {format.name if format else 'plain'}"
+    product = product_of(format) if format else None
+    if format is None or product is None:
+        return f"weights must be mxfp8, nvfp4 or mxfp4, not {format.name if format else 'plain'}"
     if problem.dtype != "bfloat16":
         return f"activations must be bfloat16, not {problem.dtype}"
     if problem.in_dim % TILE or problem.out_dim % TILE:
         return f"in and out must be multiples of {TILE}, not {problem.in_dim} and {problem.out_dim}"
-    # The terms' products are float32, written and read; a dequantized weight is bfloat16, written and read.
-    most = problem.in_dim // (2 * num_terms)
+    # The terms' products are float32, written and read; a dequantized weight is bfloat16, written and read, and one that
+    # changes its format half of that.
+    most = problem.in_dim // ((4 if product.format.storage != format.storage else 2) * product.num_terms)
     if problem.num_rows > most:
         return f"more than {most} rows move more bytes than a dequantized weight does, got {problem.num_rows}"
     return None
 
 
-def num_terms_of(format: WeightFormat) -> int | None:
-    """Block-scaled terms that activations are the sum of beside such weights; None for those cuDNN does not multiply.
+class BlockScaledProduct(NamedTuple):
+    """How weights are multiplied; `num_terms` block-scaled terms, in their format, are what activations are the sum of.
 
     The chip multiplies that many times what a plain product would.
     """
-    if format.activations != "own":
+
+    format: WeightFormat
+    num_terms: int
+
+
+def product_of(format: WeightFormat) -> BlockScaledProduct | None:
+    """The product of weights of a format; None for those that cuDNN does not multiply."""
+    found = _PRODUCTS.get((format.storage, format.group, format.scale))
+    if format.activations != "own" or found is None:
         return None
-    return _NUM_TERMS.get((format.storage, format.group, format.scale))
+    return BlockScaledProduct(FORMATS[found[0]], found[1])
 
 
 def matmul(
@@ -65,14 +79,15 @@ def matmul(
     """See the contract."""
     del platform
     format, rows = weight.format, x.reshape(-1, x.shape[-1])
-    num_terms = num_terms_of(format)
-    assert num_terms is not None  # unsupported() said so
-    numbers, scales, row_scales = split(rows, format, num_terms)
+    found = product_of(format)
+    assert found is not None  # unsupported() said so
+    num_terms = found.num_terms
+    numbers, scales, row_scales = split(rows, found.format, num_terms)
     num_rows = row_scales.shape[1]
     padding = -num_terms * num_rows % TILE
     product = jax.nn.scaled_matmul(
         _flat(numbers, padding)[None],
-        _as_numbers(weight.values, format)[None],
+        _as_numbers(weight.values, format).astype(numbers.dtype)[None],
         _flat(scales, padding)[None],
         weight.scales[None],
         preferred_element_type=jnp.float32,

@@ -48,7 +48,7 @@ def test_every_tile_of_rows_serves_any_number_of_rows(tile_rows: int, num_rows: 
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize(("name", "bound"), [("mxfp8", 1e-6), ("nvfp4", 1.5e-3)])
+@pytest.mark.parametrize(("name", "bound"), [("mxfp8", 1e-6), ("mxfp4", 1e-6), ("nvfp4", 1.5e-3)])
 def test_terms_in_the_weights_format_add_up_to_the_activations(name: str, bound: float) -> None:
     rows, weight = draw(5, 256).at[1].multiply(1e-6).at[2].set(0.0), quantize(draw(128, 256), FORMATS[name])
     run = jax.jit(lambda x, w: scaled.matmul(x, w, platform="gpu", out_dtype=jnp.float32))
@@ -92,7 +92,7 @@ def test_every_tuned_kernel_lowers_for_the_chip(num_rows: int) -> None:
     assert "matmul_blackwell" in lower("fp8", num_rows)
 
 
-@pytest.mark.parametrize("name", ["mxfp8", "nvfp4"])
+@pytest.mark.parametrize("name", ["mxfp8", "nvfp4", "mxfp4"])
 def test_block_scaled_weights_reach_the_chips_own_product(name: str) -> None:
     few, many = (trace(name, num_rows).lower(lowering_platforms=("cuda",)).as_text() for num_rows in (16, 1024))
     assert "block_scaled_dot" in few
@@ -126,7 +126,8 @@ def test_what_the_kernel_cannot_serve_has_a_reason(change: dict[str, Any], reaso
     [
         ({"device_kind": "NVIDIA H200"}, "block-scaled products are Blackwell's, not of NVIDIA H200"),
         ({"format": None}, "not plain"),
-        ({"format": FORMATS["mxfp4"]}, "mxfp8 or nvfp4, not mxfp4"),
+        ({"format": FORMATS["int4"]}, "mxfp8, nvfp4 or mxfp4, not int4"),
+        ({"format": FORMATS["mxfp4"], "num_rows": 129}, "more than 128 rows"),
         ({"dtype": "float32"}, "activations must be bfloat16"),
         ({"in_dim": 960}, "multiples of 128, not 960 and 256"),
         ({"num_rows": 171}, "more than 170 rows move more bytes than a dequantized weight does, got 171"),
