@@ -245,6 +245,8 @@ def replace(name: str, make: Callable[[np.ndarray], np.ndarray]) -> Callable[[Te
         ("qwen2_awq", replace(f"{Q}.scales", lambda w: w[..., None]), r"scales: two axes were expected"),
         ("qwen2_awq", replace(f"{Q}.qweight", lambda w: w[:-1]), r"qweight: an even number of inputs was expected"),
         ("llama_gptq", put(f"{Q}.g_idx", 1), r"g_idx.*: inputs were expected in the order of their groups"),
+        ("llama_gptq", replace(f"{Q}.g_idx", lambda w: w[:-1]), r"g_idx.*\[64\] was expected .*shape is \[63\]"),
+        ("llama_gptq", replace(f"{Q}.qzeros", lambda w: w[:, :-1]), r"qzeros.*was expected beside these scales"),
         ("llama_gptq", put(f"{Q}.qzeros", 0), r"qzeros.*'sym': true, so all zero points should be 8"),
         ("llama_gptq", put(f"{Q}.bias", 1), r"bias: a bias of zeros was expected"),
         ("qwen3_moe_gptq", put(f"{Q}.qzeros", -1), r"qzeros: a stored zero point of 15 stands for 16 or for 0"),

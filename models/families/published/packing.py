@@ -28,8 +28,8 @@ class Companion(Protocol):
     def dtypes(self) -> tuple[str, ...]:
         """Names of the dtypes that it may have."""
 
-    def check(self, array: np.ndarray) -> None:
-        """Raises CheckpointError if it asks for something else."""
+    def check(self, array: np.ndarray, scales: Shape) -> None:
+        """Raises CheckpointError if it asks for something else, or is not of a weight with scales [out, groups]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,10 +141,11 @@ class Scales:
 
     def build(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
         """[out, groups]."""
-        for companion, array in zip(self.companions, arrays[1:], strict=True):
-            companion.check(array)
         scales = arrays[0].reshape(self._two_axes(arrays[0].shape))
-        return checked_scales(scales.T if self.groups_first else scales, self.dtype)
+        by_row = scales.T if self.groups_first else scales
+        for companion, array in zip(self.companions, arrays[1:], strict=True):
+            companion.check(array, by_row.shape)
+        return checked_scales(by_row, self.dtype)
 
     def shape(self, shapes: Sequence[Shape]) -> Shape:
         """See build."""
@@ -254,9 +255,10 @@ class MiddleZeros:
         """Words."""
         return WORDS
 
-    def check(self, array: np.ndarray) -> None:
+    def check(self, array: np.ndarray, scales: Shape) -> None:
         """Raises CheckpointError for any other zero point."""
-        first = int(np.ascontiguousarray(array).view(np.uint8).flat[0]) if array.size else 0
+        _check_shape(array, (scales[1], scales[0] * self.bits // 32))
+        first = int(np.ascontiguousarray(array).view(np.uint8).flat[0])
         found, middle = first & (1 << self.bits) - 1, 1 << self.bits - 1
         word = np.uint32(found * (0xFFFF_FFFF // ((1 << self.bits) - 1)))
         if found not in (middle, middle - 1) or (array.view(np.uint32) != word).any():
@@ -277,10 +279,10 @@ class GroupOrder:
         """Whole numbers."""
         return ("int32", "int64")
 
-    def check(self, array: np.ndarray) -> None:
+    def check(self, array: np.ndarray, scales: Shape) -> None:
         """Raises CheckpointError for any other order."""
-        expected = np.arange(array.size) // (self.group or array.size or 1)
-        if array.ndim != 1 or (array != expected).any():
+        _check_shape(array, (scales[1] * (self.group or max(array.size, 1)),))
+        if (array != np.arange(array.size) // (self.group or array.size)).any():
             raise CheckpointError(
                 "inputs were expected in the order of their groups, but they are reordered by activations "
                 "('desc_act': true), which is not implemented. Take a checkpoint with 'desc_act': false"
@@ -296,8 +298,9 @@ class NoBias:
         """Floats."""
         return FLOATS
 
-    def check(self, array: np.ndarray) -> None:
+    def check(self, array: np.ndarray, scales: Shape) -> None:
         """Raises CheckpointError unless all of it is zero."""
+        _check_shape(array, scales[:1])
         if array.any():
             raise CheckpointError("a bias of zeros was expected, for config.json asks for none here, but it has values")
 
@@ -324,6 +327,11 @@ def _two_axes(shape: Shape) -> Shape:
     if len(shape) != 2:
         raise CheckpointError(f"two axes were expected, but the shape is {list(shape)}")
     return shape
+
+
+def _check_shape(array: np.ndarray, shape: Shape) -> None:
+    if array.shape != shape:
+        raise CheckpointError(f"{list(shape)} was expected beside these scales, but the shape is {list(array.shape)}")
 
 
 def _one_number(shape: Shape) -> None:
