@@ -57,40 +57,36 @@ _TOKEN_ID = _Range(0, 2**31 - 1)
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How one request is sampled and when it ends.
+    """How one request is sampled and when it ends; names and meanings are vLLM's where it has them.
 
-    `temperature` 0 is greedy; a positive one below 0.01 is raised to 0.01. `top_k` 0 or -1 is all (kept as 0), and
-    more than the vocabulary is all as well. A `seed` is an unsigned 64-bit integer; None draws a fresh one, which the
-    output reports. `max_tokens` None means up to the context, and a request that meets the context first ends with
-    "length". Until `min_tokens` exist neither EOS nor `stop_token_ids` can be sampled, and stop strings that end
-    within them do not count. `stop` and `bad_words` take one string or several. Penalties as vLLM: repetition over
-    prompt and output, presence and frequency over the output. `on_weights_update` "drain" holds new weights back until
-    the request has ended, "immediate" goes on with them, None leaves it to the update. Raises InvalidRequestError that
-    names the option.
+    Raises:
+      InvalidRequestError: on construction, for an option out of range; names it.
     """
 
-    n: int = 1
-    temperature: float = 1.0
+    n: int = 1  # completions of the prompt
+    temperature: float = 1.0  # 0 is greedy; a positive one below 0.01 is raised to 0.01
     top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    stop: Sequence[str] = ()
+    top_k: int = 0  # 0 or -1, or more than the vocabulary: all tokens
+    min_p: float = 0.0  # tokens less likely than this times the likeliest are left out
+    presence_penalty: float = 0.0  # off the logits of tokens that are in the output
+    frequency_penalty: float = 0.0  # the same, as many times as they are there
+    repetition_penalty: float = 1.0  # divides logits, or multiplies negative ones, of tokens in prompt or output
+    seed: int | None = None  # unsigned, of 64 bits; None draws a fresh one, which the output reports
+    stop: Sequence[str] = ()  # one string or several
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    max_tokens: int | None = 16
+    max_tokens: int | None = 16  # None: up to the context; what meets that first ends with "length"
+    # Until so many exist neither EOS nor stop_token_ids can be sampled, and stop strings that end within do not count.
     min_tokens: int = 0
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
-    allowed_token_ids: Sequence[int] | None = None
-    bad_words: Sequence[str] = ()
-    skip_special_tokens: bool = True
+    logprobs: int | None = None  # so many of the likeliest tokens in each place of the output
+    prompt_logprobs: int | None = None  # and of the prompt
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)  # by token id
+    allowed_token_ids: Sequence[int] | None = None  # no others can be sampled
+    bad_words: Sequence[str] = ()  # one or several; their last token cannot be sampled behind the others
+    skip_special_tokens: bool = True  # in the text
     detokenize: bool = True
+    # "drain" holds new weights back until the request has ended, "immediate" goes on with them; None: as update_weights.
     on_weights_update: OnWeightsUpdate | None = None
 
     def __new__(cls, **options: object) -> Self:
