@@ -105,11 +105,11 @@ _TARGETED = re.compile(
 )
 
 
-# Linear layers [out, in] of Llama-2-70B and Llama-3.1-8B.
+# Linear layers [out, in] of Llama-2-70B and 7B and Llama-3.1-8B.
 WEIGHTS = {
     "70b_gate": (28672, 8192), "70b_down": (8192, 28672), "70b_q": (8192, 8192), "70b_k": (1024, 8192),
     "8b_gate": (14336, 4096), "8b_down": (4096, 14336), "8b_q": (4096, 4096), "8b_k": (1024, 4096),
-    "70b_head": (32000, 8192), "70b_down_of_4": (8192, 7168),
+    "70b_head": (32000, 8192), "70b_down_of_4": (8192, 7168), "7b_down": (4096, 11008),
 }  # fmt: skip
 # Those whose outputs are float32: logits, and what devices add up, here the part of one of four.
 _FLOAT32_OUT = ("70b_head", "70b_down_of_4")
@@ -133,6 +133,7 @@ _ROWS: Mapping[tuple[str, str], tuple[int, ...]] = {
     ("bf16", "70b_gate"): (1, 16, 64, 256, 4096),
     ("int4_g32", "8b_gate"): (16,),
     ("int4_g128_zeros", "8b_gate"): (1, 64),
+    ("int4_g128_zeros", "7b_down"): (1, 64),
     ("int8", "70b_gate"): (64, 4096),
     ("int8_a16", "8b_gate"): (16,),
     ("fp8_a16", "8b_gate"): (16,),

@@ -86,7 +86,7 @@ class SamplingParams:
     bad_words: Sequence[str] = ()  # one or several; their last token cannot be sampled behind the others
     skip_special_tokens: bool = True  # in the text
     detokenize: bool = True
-    # "drain" holds new weights back until the request has ended, "immediate" goes on with them; None: as update_weights.
+    # "drain" holds new weights back until the request has ended, "immediate" goes on with them; None: as it is told.
     on_weights_update: OnWeightsUpdate | None = None
 
     def __new__(cls, **options: object) -> Self:

@@ -22,7 +22,7 @@ from ..dispatch import Platform
 from ..tuning import generation
 from .contract import FORMATS, MAX_VALUE, MatmulProblem, QuantizedWeight, WeightFormat
 
-# (storage, inputs that share a scale, its dtype): the format that cuDNN multiplies it in, and the terms that make up for
+# (storage, inputs that share a scale, its dtype): the format that cuDNN multiplies, and the terms that make up for
 # bfloat16.
 _PRODUCTS: Mapping[tuple[str, int | None, str], tuple[str, int]] = {
     ("float8_e4m3fn", 32, "float8_e8m0fnu"): ("mxfp8", 2),
@@ -47,8 +47,8 @@ def unsupported(problem: MatmulProblem) -> str | None:
         return f"activations must be bfloat16, not {problem.dtype}"
     if problem.in_dim % TILE or problem.out_dim % TILE:
         return f"in and out must be multiples of {TILE}, not {problem.in_dim} and {problem.out_dim}"
-    # The terms' products are float32, written and read; a dequantized weight is bfloat16, written and read, and one that
-    # changes its format half of that.
+    # The terms' products are float32, written and read; a dequantized weight is bfloat16, written and read, and one of
+    # another format half of that.
     most = problem.in_dim // ((4 if product.format.storage != format.storage else 2) * product.num_terms)
     if problem.num_rows > most:
         return f"more than {most} rows move more bytes than a dequantized weight does, got {problem.num_rows}"

@@ -30,7 +30,10 @@ _TOGETHER = 128  # channels: weights of a multiple share a launch, as one of few
 
 
 def unsupported(problem: MatmulProblem) -> str | None:
-    """Why this file cannot serve a problem, or serves it worse than the next."""
+    """Why this file cannot serve a problem, or serves it worse than the next.
+
+    Inputs must be whole stages, 128 bytes of a channel: 256 of 4 bits, 128 of 8.
+    """
     format = problem.format
     if format is None:
         return "weights that are not quantized are XLA's"
@@ -38,9 +41,11 @@ def unsupported(problem: MatmulProblem) -> str | None:
         return f"activations must be bfloat16, not {problem.dtype}"
     if reason := unsupported_format(format):
         return reason
-    inputs = _LINE if kind_of(format) == "w8a8" else hopper_a16.inputs_of_panel(format)
+    inputs = _LINE if kind_of(format) == "w8a8" else decoder(format.storage).inputs
     if problem.out_dim % 64 or problem.in_dim % inputs:
         return f"out must be a multiple of 64 and in of {inputs}, not {problem.out_dim} and {problem.in_dim}"
+    if reason := hopper_a16.unsupported(format, problem.in_dim):
+        return reason
     limit = tuned("quantized_matmul", problem.device_kind, "a16_limit")["rows"]
     if kind_of(format) != "w8a8" and problem.num_rows > limit:
         return f"more than {limit} rows, not {problem.num_rows}, are faster with the weight dequantized, in cuBLAS"
@@ -88,8 +93,18 @@ def tile_for(
         tile = dataclasses.replace(tile, warpgroups=1)
     if kind == "w8a8" and in_dim % tile.k:
         tile = dataclasses.replace(tile, k=_LINE, stages=tile.stages * tile.k // _LINE)
-    parts = tile.k if kind == "w8a8" else hopper_a16.inputs_of_panel(format)
-    return tile.fitted(out_dim, _padded(num_rows, tile.n), in_dim // parts)
+    rows = _padded(num_rows, tile.n)
+    if kind == "w8a8":
+        return tile.fitted(out_dim, rows, in_dim // tile.k)
+    tiles = out_dim // tile.block_m * (rows // tile.n)
+    return _split(tile.fitted(out_dim, rows, k_parts=1), tiles, in_dim // tile.k, hopper_a16.stages_of_split(format))
+
+
+def _split(tile: Tile, num_tiles: int, num_stages: int, least: int) -> Tile:
+    """With as many splits as fill the blocks, each of a multiple of `least` stages; the last may be shorter."""
+    wanted = max(1, tile.blocks * tile.turns // num_tiles)
+    stages = _padded(-(-num_stages // wanted), least)
+    return dataclasses.replace(tile, splits=-(-num_stages // stages))
 
 
 def matmul(

@@ -4,10 +4,12 @@ Schedule. Weights are M, since only wgmma's M operand may be registers; activati
 block has two consumer warpgroups of 64 channels and one that copies. A stage is 128 bytes of a channel (256 inputs of
 4 bits, 128 of 8): `ldmatrix` brings it into registers, and each of the 4 or 2 operands of 64 inputs that it becomes
 (hopper_decode) is decoded while wgmma multiplies the one before. Scales and zero points come by TMA too, 16 bytes of
-each channel at once, so once in several stages (a panel). Activations are read from L2 again by each block, N / 16 of
-the bytes of 4-bit weights with 64 channels: two blocks of a cluster, which fill every pair of SMs, multicast them
-where they are many. Where N is wide they come in pieces of 64 inputs, each a slot of its own, so that shared memory
-holds enough of them; in rings of 2, 4 or 8 slots, places are cheap to find.
+each channel at once, so once in several stages (a panel); each split of K begins a panel, and may end within one. Where
+their rows do not begin at multiples of 16 bytes, every second, fourth or eighth does, and is copied apart (`folds`).
+Activations are read from L2 again by each block, N / 16 of the bytes of 4-bit weights with 64 channels: two blocks of a
+cluster, which fill every pair of SMs, multicast them where they are many. Where N is wide they come in pieces of 64
+inputs, each a slot of its own, so that shared memory holds enough of them; in rings of 2, 4 or 8 slots, places are
+cheap to find.
 With few rows reading weights bounds it, at 36 KB per SM and microsecond: 41 values of 4 bits a cycle, for two of which
 a warp has 4.8 instructions, half of them decoding, of 128 that an SM issues. Waits are for others to fill: two blocks
 of an SM, four warps on each of its schedulers. With many rows wgmma bounds it (64 x 128 x 64 takes 256 cycles, its
@@ -64,7 +66,8 @@ from .hopper_tiles import (
 )
 
 _PANELS = 2  # of scales in shared memory
-_LEAST_COPY = 16  # bytes of a row that TMA copies
+_LEAST_COPY = 16  # bytes of a row that TMA copies, and what rows must begin at multiples of
+_MOST_FOLDS = 8  # of which each begins at 128 bytes of shared memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,10 @@ class Groups:
         """Of a panel."""
         return self.of_panel // self.of_stage
 
+    def panels(self, steps: int) -> int:
+        """Of so many stages, the last be it short."""
+        return -(-steps // self.stages)
+
 
 class Work(NamedTuple):
     """Tiles of N that have weights each: those of group g are rows g * out_dim and so on."""
@@ -101,9 +108,18 @@ class Work(NamedTuple):
 
 
 def inputs_of_panel(format: WeightFormat) -> int:
-    """What K, and each split of it, must be a multiple of."""
+    """Inputs that the scales of one copy are for."""
+    return decoder(format.storage).inputs * _stages_of_panel(format)
+
+
+def stages_of_split(format: WeightFormat) -> int:
+    """Of which a split of K should have a multiple: a panel's, but two are enough."""
+    return min(_stages_of_panel(format), 2)
+
+
+def _stages_of_panel(format: WeightFormat) -> int:
     groups = Groups.of(format)
-    return decoder(format.storage).inputs * (groups.stages if groups else 1)
+    return groups.stages if groups else 1
 
 
 def product(
@@ -118,17 +134,21 @@ def product(
     """[splits, N, M] of out_dtype: parts to add, float32 if several; scales of whole channels are left to the caller
     then.
 
-    The tile divides all three, a split of K the panels. With `work` each tile of N has its own M rows of the weights.
+    The tile divides N, M and, but for its splits, K: the last of these may be short. With `work` each tile of N has its
+    own M rows of the weights.
     """
-    format = weight.format
-    tiles = Tiles(tile, work.out_dim if work else weight.values.shape[0], *x.shape)
+    format, (num_rows, in_dim) = weight.format, x.shape
+    # Splits are alike: where the last is short, TMA fills up weights and activations with zeros.
+    in_dim += -in_dim % (tile.k * tile.splits)
+    tiles = Tiles(tile, work.out_dim if work else weight.values.shape[0], num_rows, in_dim)
     groups = Groups.of(format)
     operands = {"weights": weight.values, "x": in_order_of_pairs(x, decoder(format.storage).pairs)}
     if groups is not None:
         scales = weight.scales
-        operands["scales"] = lax.bitcast_convert_type(scales, jnp.uint8) if scales.itemsize == 1 else scales
-    if weight.zeros is not None:
-        operands["zeros"] = weight.zeros
+        bits = lax.bitcast_convert_type(scales, jnp.uint8) if scales.itemsize == 1 else scales
+        operands["scales"] = _folded(bits, groups)
+        if weight.zeros is not None:
+            operands["zeros"] = _folded(weight.zeros, groups)
     if tile.splits == 1 and (channel := channel_scales(weight)) is not None:
         operands["channel"] = channel
     if work is not None:
@@ -143,12 +163,40 @@ def product(
         storage=format.storage,
         is_interpreted=bool(interpret),
     )
-    scratch = _scratch(tile, groups, operands, is_interpreted=bool(interpret)) | {"staged": parts.staged}
+    scratch = _scratch(tile, weight, groups, operands, is_interpreted=bool(interpret)) | {"staged": parts.staged}
     stored = launch(
         body, tiles, tuple(operands.values()), out=parts.out, scratch=scratch, name="matmul_a16_hopper",
         interpret=interpret,
     )  # fmt: skip
     return parts.by_rows(stored)
+
+
+def folds(num_groups: int, itemsize: int, of_panel: int) -> int:
+    """Channels in a row of scales or zero points [out / folds, folds * groups] of which TMA can copy panels: one at
+    least, and rows that begin at multiples of 16 bytes."""
+    found = 1
+    while found * num_groups * itemsize % _LEAST_COPY or found * num_groups < of_panel:
+        found *= 2
+    return found
+
+
+def unsupported(format: WeightFormat, in_dim: int) -> str | None:
+    """Why the kernel cannot copy the scales or zero points of so many inputs."""
+    groups = Groups.of(format)
+    if groups is None or format.group is None:
+        return None
+    sizes = [1, format.scales_dtype.itemsize] if format.zeros else [format.scales_dtype.itemsize]
+    num_groups = in_dim // format.group
+    if max(folds(num_groups, size, groups.of_panel) for size in sizes) > _MOST_FOLDS:
+        return f"a channel must have an even number of scales or zero points of a byte, not {num_groups}"
+    return None
+
+
+def _folded(numbers: jax.Array, groups: Groups) -> jax.Array:
+    """A view, not a copy: to pad rows instead would read and write 4.7 % of the weight's bytes once more (4 bits,
+    groups of 128, zero points and scales of 16 bits), in one or two kernels of XLA's."""
+    num_channels, num_groups = numbers.shape
+    return numbers.reshape(num_channels // folds(num_groups, numbers.itemsize, groups.of_panel), -1)
 
 
 def channel_scales(weight: QuantizedWeight) -> jax.Array | None:
@@ -161,8 +209,9 @@ def channel_scales(weight: QuantizedWeight) -> jax.Array | None:
 
 
 def _scratch(
-    tile: Tile, groups: Groups | None, operands: Mapping[str, jax.Array], *, is_interpreted: bool
-) -> dict[str, Any]:
+    tile: Tile, weight: QuantizedWeight, groups: Groups | None, operands: Mapping[str, jax.Array], *,
+    is_interpreted: bool,
+) -> dict[str, Any]:  # fmt: skip
     slots, piece = tile.num_n_slots, tile.k // tile.pieces
     weights = operands["weights"]
     scratch = {
@@ -173,9 +222,12 @@ def _scratch(
     }
     if groups is not None:
         names = ["scales", "zeros"] if groups.has_zeros else ["scales"]
-        shape = (_PANELS, tile.block_m, groups.of_panel)
-        scratch["groups_smem"] = {name: plgpu.SMEM(shape, operands[name].dtype) for name in names}
-        scratch["groups_barriers"] = (full_barrier(_PANELS, len(names)), free_barrier(tile, _PANELS))
+        num_folds = {name: weight.scales.shape[0] // operands[name].shape[0] for name in names}
+        scratch["groups_smem"] = {
+            name: plgpu.SMEM((_PANELS, of_row, tile.block_m // of_row, groups.of_panel), operands[name].dtype)
+            for name, of_row in num_folds.items()
+        }
+        scratch["groups_barriers"] = (full_barrier(_PANELS, sum(num_folds.values())), free_barrier(tile, _PANELS))
     if "channel" in operands:
         scratch["channel_smem"] = plgpu.SMEM((tile.block_m,), jnp.float32)
         scratch["channel_barriers"] = (full_barrier(1, 1), free_barrier(tile, 1))
@@ -223,7 +275,7 @@ def _body(
         rings.weights.drain(stages)
         rings.x.drain(stages * tile.pieces)
         if rings.groups and groups:
-            rings.groups.drain(lax.div(stages, groups.stages))
+            rings.groups.drain(tiles.num_turns() * groups.panels(tiles.steps))
         if rings.channel:
             rings.channel.drain(tiles.num_turns())
 
@@ -233,11 +285,11 @@ def _body(
 
         def multiply(turn: jax.Array, index: jax.Array) -> None:
             split, m, n = tiles.at(index)
-            mine = {name: ref.at[:, rows] for name, ref in scratch.get("groups_smem", {}).items()}
+            mine = {name: _of_warpgroup(ref, wg, tile) for name, ref in scratch.get("groups_smem", {}).items()}
             mine |= {"weights": scratch["weights_smem"].at[:, rows], "x": scratch["x_smem"]}
             if is_interpreted:
                 mine["operand"] = scratch["operand_smem"].at[wg]
-            sums = _sums(mine, rings, turn * tiles.steps, tiles=tiles, groups=groups, storage=storage)
+            sums = _sums(mine, rings, turn, tiles=tiles, groups=groups, storage=storage)
             if power := missing_power(storage, has_scales=groups is not None, has_zeros=_has_zeros(groups)):
                 sums = sums * jnp.float32(2.0**power)
             if rings.channel:
@@ -273,10 +325,14 @@ def _fill(
 
             @pl.when(lax.rem(step, groups.stages) == 0)
             def _() -> None:
-                slot, full = groups_ring.to_fill(lax.div(use, groups.stages))
-                columns = pl.ds(stage * groups.of_stage, groups.of_panel)
+                slot, full = groups_ring.to_fill(_panel_use(groups, tiles, turn, step))
                 for name, smem in scratch["groups_smem"].items():
-                    plgpu.copy_gmem_to_smem(gmem[name].at[channels, columns], smem.at[slot], full)
+                    _, num_folds, num_rows, of_panel = smem.shape
+                    rows = pl.ds(lax.div(tiles.first_channel(m, n), num_folds), num_rows)
+                    for fold in range(num_folds):
+                        first = fold * (gmem[name].shape[1] // num_folds) + stage * groups.of_stage
+                        part = gmem[name].at[rows, pl.ds(first, of_panel)]
+                        plgpu.copy_gmem_to_smem(part, smem.at[slot, fold], full)
 
         slot, full = rings.weights.to_fill(use)
         stored = gmem["weights"].at[channels, pl.ds(stage * 128, 128)]
@@ -294,14 +350,14 @@ def _fill(
 def _sums(
     smem: Mapping[str, Any],  # [slots, this warpgroup's rows, ...]
     rings: _Rings,
-    first_use: jax.Array,
+    turn: jax.Array,
     *,
     tiles: Tiles,
     groups: Groups | None,
     storage: Storage,
 ) -> jax.Array:
     """One tile's products [m, n] in float32."""
-    tile, groups_ring = tiles.tile, rings.groups
+    tile, groups_ring, first_use = tiles.tile, rings.groups, turn * tiles.steps
     is_interpreted = "operand" in smem
     num_operands, of_piece = tile.k // COLUMNS, tile.k // tile.pieces // COLUMNS
 
@@ -309,7 +365,7 @@ def _sums(
         """A stage's words, once they and its scales are there."""
         use = first_use + step
         if groups is not None and groups_ring is not None:
-            panel = lax.div(use, groups.stages)
+            panel = _panel_use(groups, tiles, turn, step)
             pl.when(lax.rem(step, groups.stages) == 0)(lambda: groups_ring.wait_full(panel))
         return words_of(smem["weights"].at[rings.weights.to_read(use)], is_interpreted)
 
@@ -317,7 +373,7 @@ def _sums(
         """Makes operands of a stage's words."""
         scales = offsets = None
         if groups is not None and groups_ring is not None:
-            slot = groups_ring.slot(lax.div(first_use + step, groups.stages))
+            slot = groups_ring.slot(_panel_use(groups, tiles, turn, step))
             scales, offsets = _of_groups(smem, slot, step, groups, storage)
         return functools.partial(
             operand, storage=storage, scales=scales, offsets=offsets, is_interpreted=is_interpreted
@@ -343,8 +399,10 @@ def _sums(
             if of_part == of_piece - 1:
                 rings.x.release(x_use)
         if groups is not None and groups_ring is not None:
-            panel = lax.div(first_use + step, groups.stages)
-            pl.when(lax.rem(step, groups.stages) == groups.stages - 1)(lambda: groups_ring.release(panel))
+            panel, is_last = _panel_use(groups, tiles, turn, step), lax.rem(step, groups.stages) == groups.stages - 1
+            if tiles.steps % groups.stages:
+                is_last |= step == tiles.steps - 1
+            pl.when(is_last)(lambda: groups_ring.release(panel))
         return following
 
     def stage(step: jax.Array, sums: Any) -> None:
@@ -372,6 +430,17 @@ def _sums(
 
     whole: jax.Array = pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((tile.m, tile.n), jnp.float32))
     return whole
+
+
+def _of_warpgroup(folded: Any, wg: jax.Array, tile: Tile) -> Any:
+    """Its channels of a ref [panels, folds, channels / folds, groups]."""
+    num_rows = tile.m // folded.shape[1]
+    return folded.at[:, :, pl.ds(wg * num_rows, num_rows)]
+
+
+def _panel_use(groups: Groups, tiles: Tiles, turn: jax.Array, step: jax.Array) -> jax.Array:
+    """Of the ring of panels, in a turn's step."""
+    return turn * groups.panels(tiles.steps) + lax.div(step, groups.stages)
 
 
 def _of_groups(

@@ -228,12 +228,13 @@ def _floats(bits: Int32[Array, "64 words"], power: int) -> jax.Array:
 def scales_of(
     ref: Any, first: Any, count: int, storage: Storage, *, kind: str, is_interpreted: bool
 ) -> BFloat16[Array, "64 inputs"]:
-    """Groups first..first + count of a ref [64, groups], those of a stage, spread over its operands' columns.
+    """Groups first..first + count of a ref [folds, 64 // folds, groups], those of a stage, spread over its operands'
+    columns; row r lies at [r % folds, r // folds].
 
     `kind` is the dtype that the ref's bits stand for: 8-bit floats come as uint8.
     """
     if is_interpreted:
-        groups = ref[:, pl.ds(first, count)]
+        groups = _unfolded(ref[:, :, pl.ds(first, count)])
         if groups.dtype == jnp.uint8:
             groups = lax.bitcast_convert_type(groups, jnp.dtype(kind))
         return _spread_in_jnp(groups.astype(jnp.float32).astype(jnp.bfloat16), storage)
@@ -244,12 +245,16 @@ def scales_of(
 def offsets_of(
     ref: Any, first: Any, count: int, storage: Storage, *, is_interpreted: bool
 ) -> BFloat16[Array, "64 inputs"]:
-    """Zero points, uint8 in a ref [64, groups], as what `operand` adds."""
+    """Zero points, uint8 in a ref as that of `scales_of`, as what `operand` adds."""
     if is_interpreted:
         lacking = missing_power(storage, has_scales=True, has_zeros=True)
-        zeros = ref[:, pl.ds(first, count)].astype(jnp.float32) * -(2.0**-lacking)
+        zeros = _unfolded(ref[:, :, pl.ds(first, count)]).astype(jnp.float32) * -(2.0**-lacking)
         return _spread_in_jnp(zeros.astype(jnp.bfloat16), storage)
     return _spread(ref, first, count, storage, "zeros") * jnp.bfloat16(-(2.0**_MOST_POWER))
+
+
+def _unfolded(groups: jax.Array) -> jax.Array:
+    return groups.swapaxes(0, 1).reshape(ROWS, -1)
 
 
 def _spread_in_jnp(groups: jax.Array, storage: Storage) -> jax.Array:
@@ -263,6 +268,7 @@ def _spread(ref: Any, first: Any, count: int, storage: Storage, kind: str) -> ja
     layout, shape = plgpu.Layout.WGMMA.to_mgpu(), (ROWS, chosen.inputs)
     result = plgpu.ShapeDtypeStruct(shape, jnp.dtype(jnp.bfloat16), layout=plgpu.Layout.WGMMA)
     group, of_tile = chosen.inputs // count, 2 * _WORDS_OF_TILE * chosen.pairs  # inputs
+    folds = ref.shape[0]  # a power of two
     assert 2 * group >= of_tile, "at most two groups in 4 words"
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())), return_type=result)  # type: ignore[untyped-decorator]
@@ -278,7 +284,9 @@ def _spread(ref: Any, first: Any, count: int, storage: Storage, kind: str) -> ja
                 place = _plus(start, key[1])
                 if group < of_tile:  # of 4 words two are of one group, and a thread has one
                     place = arith.addi(place, arith.shrui(quarter, _i32(1)))
-                number = memref.load(source, [_index(_plus(row, 8 * half)), _index(place)])
+                mine = _plus(row, 8 * half)
+                fold, within = arith.andi(mine, _i32(folds - 1)), arith.shrui(mine, _i32(folds.bit_length() - 1))
+                number = memref.load(source, [_index(fold), _index(within), _index(place)])
                 loaded[key] = _doubled(number, kind)
             registers[at] = loaded[key]
         return mosaic.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)

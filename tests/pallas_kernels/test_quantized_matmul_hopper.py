@@ -29,10 +29,14 @@ from millrace.pallas_kernels.quantized_matmul.hopper_tiles import Tile
 H200 = "NVIDIA H200"
 INT4 = FORMATS["int4"]
 WITH_ZEROS = dataclasses.replace(INT4, zeros=True, group=32, scale="float16")
+GPTQ = dataclasses.replace(INT4, group=128, zeros=True, scale="float16")  # as most checkpoints have it
 LARGEST = dataclasses.replace(WITH_ZEROS, group=128, scale="float32")  # in shared memory
 SERVED = [format for name, format in FORMATS.items() if name not in ("fp8_block", "int4_a8")]
-# (out, in) of Llama-2-70B and Llama-3.1-8B, whole and over 8 devices
-SHAPES = ((8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672), (14336, 4096), (4096, 14336), (128256, 4096))
+# (out, in) of Llama-2-70B and Llama-3.1-8B, whole and over 8 devices; of Llama-2-7B and 13B, Qwen2.5-7B and 32B
+SHAPES = (
+    (8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672), (14336, 4096), (4096, 14336), (128256, 4096),
+    (4096, 11008), (5120, 5120), (5120, 13824), (3584, 3584), (512, 3584), (3584, 18944), (5120, 27648),
+)  # fmt: skip
 
 
 def tile(**sizes: int) -> Tile:
@@ -78,6 +82,32 @@ def test_int4_with_zero_points_comes_in_pieces() -> None:
 
 def test_int4_stages_begin_before_the_one_before_ends() -> None:
     check(INT4, 5, (128, 1536), tile(k=256, stages=2, ahead=1))
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_panels_of_scales_and_splits_may_be_short(splits: int) -> None:
+    check(GPTQ, 5, (128, 1280), tile(k=256, warpgroups=2, stages=3, splits=splits))  # 5 stages, 8 of a panel
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize(
+    ("format", "in_dim", "splits"),
+    [
+        *((GPTQ, 3584, splits) for splits in (1, 2, 3, 7)),  # 14 stages
+        *((GPTQ, 4608, splits) for splits in (1, 2)),  # 18: of both 9 and 18 the last panel is short
+        *((INT4, 1792, splits) for splits in (1, 2, 4)),  # 7
+        *((dataclasses.replace(INT4, group=128), 512, splits) for splits in (1, 2)),
+        *((INT4, 11008, splits) for splits in (1, 8)),  # 43
+        *((FORMATS["mxfp8"], 896, splits) for splits in (1, 2)),
+        (FORMATS["nvfp4"], 768, 2),
+        (FORMATS["int8_a16"], 640, 2),
+    ],
+    ids=lambda given: f"{given.name}-{given.group}" if isinstance(given, WeightFormat) else str(given),
+)
+def test_inputs_may_be_any_number_of_stages(format: WeightFormat, in_dim: int, splits: int, ahead: int) -> None:
+    sizes = tile(k=decoder(format.storage).inputs, stages=3, ahead=ahead, splits=splits)
+    check(format, 5, (64 if splits > 1 else 256, in_dim), sizes)
 
 
 @pytest.mark.parametrize("scale", [2.0**-60, 2.0**28])
@@ -194,8 +224,10 @@ def problem(**fields: object) -> MatmulProblem:
         ({"format": dataclasses.replace(INT4, offsets=True)}, "int4 has offsets"),
         ({"format": FORMATS["int4_a8"]}, "int4_a8 quantizes activations, but not to the weight's uint4"),
         ({"format": dataclasses.replace(INT4, group=1024)}, "groups of 1024 inputs do not divide"),
-        ({"out_dim": 8200}, "out must be a multiple of 64 and in of 512, not 8200 and 8192"),
-        ({"in_dim": 11008}, "in of 512, not 8192 and 11008"),
+        ({"out_dim": 8200}, "out must be a multiple of 64 and in of 256, not 8200 and 8192"),
+        ({"in_dim": 11136}, "in of 256, not 8192 and 11136"),
+        ({"in_dim": 8256, "format": FORMATS["int8_a16"]}, "in of 128, not 8192 and 8256"),
+        ({"format": dataclasses.replace(GPTQ, group=256), "in_dim": 3840}, "even number of scales or zero points"),
         ({"num_rows": 4096}, "more than 2048 rows, not 4096"),
     ],
 )
@@ -203,16 +235,16 @@ def test_what_it_cannot_serve_is_said(fields: dict[str, object], reason: str) ->
     assert reason in str(hopper.unsupported(problem(**fields)))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("fp8_block", "int4_a8")])
+@pytest.mark.parametrize("format", [*SERVED, GPTQ], ids=lambda format: f"{format.name}-{format.zeros}")
 @pytest.mark.parametrize("num_rows", [1, 9, 17, 33, 64, 65, 300, 2048])
-def test_tiles_divide_the_weights_of_models(name: str, num_rows: int) -> None:
+def test_tiles_divide_the_weights_of_models(format: WeightFormat, num_rows: int) -> None:
     for out_dim, in_dim in SHAPES:
-        if hopper.unsupported(problem(format=FORMATS[name], num_rows=num_rows, out_dim=out_dim, in_dim=in_dim)):
-            assert (in_dim % 512, name) == (0, "int4"), "only panels of scales that do not divide are left to XLA"
-            continue
-        chosen = hopper.tile_for(FORMATS[name], num_rows, out_dim, in_dim, H200)
-        assert in_dim % (chosen.k * chosen.splits) == 0
-        is_wide = name in ("fp8", "int8") and num_rows > 128
+        assert not hopper.unsupported(problem(format=format, num_rows=num_rows, out_dim=out_dim, in_dim=in_dim))
+        chosen = hopper.tile_for(format, num_rows, out_dim, in_dim, H200)
+        assert in_dim % chosen.k == 0
+        num_stages = in_dim // chosen.k
+        assert (chosen.splits - 1) * -(-num_stages // chosen.splits) < num_stages, "a split without inputs"
+        is_wide = format.name in ("fp8", "int8") and num_rows > 128
         assert out_dim % (chosen.n if is_wide else chosen.block_m * chosen.cluster) == 0
         tiles = math.prod((out_dim // chosen.block_m, -(-num_rows // chosen.n)))
         assert chosen.splits * tiles <= max(tiles, chosen.blocks)
@@ -232,6 +264,17 @@ def lower(x: jax.Array | jax.ShapeDtypeStruct, *weights: QuantizedWeight, out_dt
 @pytest.mark.parametrize("name", ["fp8", "int4"])
 def test_problems_beside_a_hopper_choose_it(name: str) -> None:
     lower(draw(4, 512), quantize(draw(128, 512), FORMATS[name]))
+
+
+@pytest.mark.parametrize("in_dim", [256, 2560, 3584, 11008])
+@pytest.mark.parametrize("format", [INT4, GPTQ], ids=["symmetric", "zeros"])
+def test_weights_of_any_number_of_stages_choose_it(format: WeightFormat, in_dim: int) -> None:
+    weight = jax.eval_shape(lambda: quantize(jnp.zeros((128, in_dim)), format))
+    lower(jax.ShapeDtypeStruct((4, in_dim), jnp.bfloat16), weight)
+
+
+def test_few_tiles_are_split_where_no_number_divides_the_stages() -> None:
+    assert hopper.tile_for(GPTQ, 1, 4096, 11008, H200).splits == 8  # 43 stages; 7 times 6 and one
 
 
 @pytest.fixture
