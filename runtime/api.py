@@ -17,7 +17,7 @@ from .executor import Executor
 from .handle import RequestHandle
 from .live_weights import LiveWeights, Weights
 from .loop import StepLoop
-from .request import Prompt, RequestOutput, validate
+from .request import Prompt, RequestOutput, is_iterable, validate
 from .sampling_params import OnWeightsUpdate, SamplingParams
 from .spelling import shown
 
@@ -115,6 +115,11 @@ class Runtime:
         return _stream(self._submit_chat(messages, sampling_params, template_options))
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether prompts may be strings, and outputs have text."""
+        return self._tokenizer is not None
+
+    @property
     def weights_version(self) -> int:
         """How many times the weights were updated; every output says which version computed it."""
         return self._loop.weights_version
@@ -143,6 +148,7 @@ class Runtime:
         What an update replaces meanwhile stays in memory until it is written.
 
         Raises:
+          ConfigError: the place is neither a path nor a URL.
           CheckpointError: the place holds something already, or cannot be written.
           RuntimeClosedError: the runtime was closed.
         """
@@ -201,6 +207,7 @@ class Runtime:
     ) -> RequestHandle:
         if self._tokenizer is None:
             raise InvalidRequestError("chat needs a tokenizer, which this checkpoint does not have")
+        self._loop.check_open()  # rendering starts a process
         text = self._chat.render(messages, template_kwargs=options)
         ids = self._tokenizer.encode(text, add_special_tokens=False)
         handle = self._make_handle(ids, params or self.default_sampling_params, text)
@@ -212,7 +219,7 @@ def _as_batch(prompts: Any) -> list[Prompt]:
     """One prompt or several, as a list."""
     if isinstance(prompts, str):
         return [prompts]
-    if isinstance(prompts, bytes | Mapping) or not hasattr(prompts, "__iter__"):
+    if isinstance(prompts, bytes | Mapping) or not is_iterable(prompts):
         raise InvalidRequestError(f"prompts must be a string, token ids, or a list of either, got {shown(prompts)}")
     items = list(prompts)
     if items and all(not isinstance(item, str) and not hasattr(item, "__iter__") for item in items):
@@ -221,7 +228,15 @@ def _as_batch(prompts: Any) -> list[Prompt]:
 
 
 def _stream(handle: RequestHandle) -> Generator[RequestOutput]:
+    """The handle's outputs; a stream that is closed or dropped, even before its first output, cancels the request."""
+    stream = _cancelling(handle)
+    next(stream)  # a generator that was never started has no `finally` yet
+    return stream
+
+
+def _cancelling(handle: RequestHandle) -> Generator[Any]:
     try:
+        yield None  # where it is started
         yield from handle
     finally:
         if not handle.finished:
@@ -229,6 +244,8 @@ def _stream(handle: RequestHandle) -> Generator[RequestOutput]:
 
 
 def _close(loop: StepLoop, executor: Executor, chat: ChatRenderer) -> None:
+    if not loop.is_here:
+        return  # a forked child ends: the threads, connections and processes are its parent's
     loop.close()
     executor.close()
     chat.close()

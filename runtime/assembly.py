@@ -17,7 +17,7 @@ from ..sharding.mesh import make_mesh
 from . import host_memory
 from .artifacts import load_programs, with_options_of
 from .checkpoint import Checkpoint
-from .config import DEFAULT_STORE_CACHE_DIR, RuntimeConfig, programs_folder
+from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig, programs_folder
 from .cpu_kernels import prepare_kernels
 from .deployment import Deployment, deploy, platform_of
 from .distributed import check_mesh, config_facts, start
@@ -33,7 +33,7 @@ from .request import RequestLimits
 from .scheduler import Scheduler
 from .sizes import check_host_memory, device_memory
 from .store import Store
-from .store_cache import cached_store
+from .store_cache import cached_store, can_keep
 from .weight_choice import choose_weights
 from .weight_streaming import StreamedParams, open_stream
 from .weights import load_params
@@ -71,7 +71,7 @@ def assemble(config: RuntimeConfig) -> Engine:
 
 def _assemble(config: RuntimeConfig, group: Group) -> Engine:
     source = open_model(config.model, config.revision, config.quantization)
-    keep_programs(config.compile_cache_dir)
+    config = config.replace(compile_cache_dir=keep_programs(config.compile_cache_dir))
     mesh = make_mesh(dict(config.mesh or ()))
     check_mesh(mesh, group)
     choice = choose_weights(config, source.config, platform_of(mesh))
@@ -108,10 +108,13 @@ def _with_weights(source: ModelSource, config: RuntimeConfig, dtype: np.dtype) -
     weights, quantization = source.weights, source.quantization
     is_made = isinstance(weights, Checkpoint) or quantization is not None
     if is_made and config.store:
-        folder = Path(config.store_cache_dir or DEFAULT_STORE_CACHE_DIR).expanduser()
         model = source.config if quantization is None else without_formats(source.config)
-        weights = cached_store(weights, model, dtype, folder, quantization, show_progress=config.progress)
-        source = dataclasses.replace(source, quantization=None)
+        folder = Path(config.store_cache_dir).expanduser() if config.store_cache_dir else None
+        if folder is None and (config.weights != "resident" or can_keep(weights, dtype, quantization)):
+            folder = DEFAULT_STORE_CACHE_DIR.expanduser()
+        if folder is not None:
+            store = cached_store(weights, model, dtype, folder, quantization, show_progress=config.progress)
+            weights, source = store, dataclasses.replace(source, quantization=None)
     elif is_made and config.weights != "resident":
         raise ConfigError(
             f"weights={config.weights} reads layers from a store as they are; {weights.path} is a "
@@ -196,17 +199,31 @@ def _close_stream(loading: "Future[Params | StreamedParams]") -> None:
         params.stream.close()
 
 
-def keep_programs(directory: str | None) -> None:
-    """Turn on JAX's persistent cache, for programs of any size; "" leaves it as it is."""
-    path = programs_folder(directory)
-    if path is None:
-        return
+def keep_programs(directory: str | None) -> str | None:
+    """Turn on JAX's persistent cache, for programs of any size; "" leaves it as it is.
+
+    Returns the directory, or "" where none was named and the default cannot be made, which a line on stderr says.
+
+    Raises:
+      ConfigError: a directory that was named cannot be made.
+    """
     try:
+        path = programs_folder(directory)
+        if path is None:
+            return directory
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        if directory is None:
+            print(
+                f"millrace: {DEFAULT_CACHE_DIR} cannot be made ({error}), so that every start compiles again; "
+                "--compile_cache_dir=DIR keeps programs elsewhere",
+                file=sys.stderr,
+            )
+            return ""
         raise ConfigError(
-            f'compile_cache_dir {path} cannot be made ({error}). Choose another, or "" to keep no programs.'
+            f'compile_cache_dir {directory} cannot be made ({error}). Choose another, or "" to keep no programs.'
         ) from error
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return directory

@@ -1,7 +1,8 @@
 """The launcher's flags, as tables: absl parses them, one FlagValues per command, so that nothing is global."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from absl import flags
@@ -154,7 +155,7 @@ def parse(
         for option in group.options:
             _define(option, values)
     try:
-        rest = values([command, *(_as_absl_negates(argument, groups) for argument in argv)])[1:]
+        rest = values([command, *_as_absl_negates(argv, groups)])[1:]
     except flags.UnrecognizedFlagError as error:
         raise ConfigError(f"unknown flag --{error.flagname}: {nearest(error.flagname, values, prefix='--')}") from None
     except flags.Error as error:
@@ -173,11 +174,17 @@ def parse(
     return chosen
 
 
-def _as_absl_negates(argument: str, groups: Sequence[Group]) -> str:
-    """`--no-store` as `--nostore`, for every switch."""
-    name = argument.removeprefix("--no-")
-    switches = {option.name for group in groups for option in group.options if option.kind == "switch"}
-    return f"--no{name}" if argument != name and name in switches else argument
+def _as_absl_negates(argv: Sequence[str], groups: Sequence[Group]) -> Iterator[str]:
+    """The arguments with `--no-store` as `--nostore`, for every switch; values and what is behind "--" as they are."""
+    is_switch = {option.name: option.kind == "switch" for group in groups for option in group.options}
+    arguments = iter(argv)
+    for argument in arguments:
+        name = argument.removeprefix("--no-")
+        yield f"--no{name}" if argument != name and is_switch.get(name) else argument
+        if argument == "--":
+            yield from arguments
+        elif is_switch.get(argument.removeprefix("-").removeprefix("-")) is False and argument.startswith("-"):
+            yield from itertools.islice(arguments, 1)
 
 
 def _define(option: Option, values: flags.FlagValues) -> None:

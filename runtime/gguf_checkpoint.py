@@ -24,7 +24,7 @@ from .store_format import to_json
 from .tokenizer import Tokenizer, tokenizer_of
 
 SUFFIX = ".gguf"
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _open_parts(path: Path) -> list[GgufFile]:
             "whose name should end in -00001-of-0000N.gguf, N being their number."
         )
     parts = range(2, int(name["count"]) + 1)
-    rest = (path.with_name(f"{name['stem']}-{part:05}-of-{name['count']}.gguf") for part in parts)
+    rest = (path.with_name(f"{name['stem']}-{part:05}-of-{name['count']}{name['suffix']}") for part in parts)
     files = [first, *map(open_gguf_file, rest)]
     if [file.metadata.get("split.no") for file in files] != list(range(len(files))):
         raise CheckpointError(f"{path}: its parts should be numbered from 0 to {count - 1}: fetch all of them again.")

@@ -3,15 +3,19 @@
 import asyncio
 import contextlib
 import functools
+import math
+import numbers
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
-from ..errors import MillraceError
+from ..errors import InvalidRequestError, MillraceError
 from .completion import Continuation, TokenEvent, entry, join
 from .logprobs import Scores
 from .request import CompletionOutput, Logprob, Request, RequestMetrics, RequestOutput
+from .spelling import shown
 from .tokenizer import Tokenizer
 
 
@@ -108,8 +112,10 @@ class RequestHandle:
 
         Raises:
           TimeoutError: it was not within `timeout_s`; the request goes on.
+          InvalidRequestError: `timeout_s` is no number of seconds; the request goes on.
           MillraceError: the request or the runtime failed.
         """
+        _check_seconds(timeout_s)
         with self._lock:
             if not self._wait_for(self._is_over, timeout_s):
                 raise TimeoutError(f"request {self.request.request_id} is not finished after {timeout_s} s")
@@ -164,7 +170,7 @@ class RequestHandle:
         """Until it holds, or the time is over; with the lock held."""
         self._num_waiting += 1
         try:
-            return self._changed.wait_for(holds, timeout_s)
+            return self._changed.wait_for(holds, None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
         finally:
             self._num_waiting -= 1
 
@@ -181,8 +187,9 @@ class RequestHandle:
     def _read(self) -> bool:
         """Turn the events that came into pieces; returns whether nothing more will come."""
         with self._reading:
-            is_over = self.finished  # before the events are read: what comes in between is read next time
-            while self._events:
+            with self._lock:  # both at once: what comes later is read next time, with what is over then
+                is_over, count = self._is_over(), len(self._events)
+            for _ in range(count):
                 item = self._events[0]
                 piece = self._continuations[item.index].take(item) if isinstance(item, TokenEvent) else item
                 assert piece is not None, "the loop pushed past the end"
@@ -229,3 +236,10 @@ class RequestHandle:
             return None
         positions = range(1, len(self.request.prompt_token_ids))
         return [None, *(self._prompt_entries[p] for p in positions if p in self._prompt_entries)]
+
+
+def _check_seconds(timeout_s: Any) -> None:
+    if timeout_s is None:
+        return
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, numbers.Real) or math.isnan(timeout_s):
+        raise InvalidRequestError(f"timeout_s must be a number of seconds, or None to wait on; got {shown(timeout_s)}")

@@ -4,30 +4,30 @@ Results go to stdout, words and progress to stderr. Exit codes: 0, 1 for an erro
 command line, 130 after Ctrl-C, 141 where the reader of a pipe went away.
 """
 
-import logging
+import io
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import flags
-from absl import logging as absl_logging
-
+# All that takes time is imported where interrupts wait.
 from ..errors import ConfigError, MillraceError
-from .commands import COMMANDS, Command, OpenRuntime
-from .flags import describe, parse
-from .spelling import nearest
+from .interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from .api import Runtime
+    from .commands import Command, CommandModule, OpenRuntime
 
 HELP = ("--help", "-help", "-h", "help")
 
 
-def main(argv: Sequence[str] | None = None, open_runtime: OpenRuntime | None = None) -> int:
+def main(argv: Sequence[str] | None = None, open_runtime: "OpenRuntime | None" = None) -> int:
     """Run one command line (without the program's name) and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of few characters is no reason to end
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments, open_runtime or _open_runtime)
@@ -46,10 +46,14 @@ def main(argv: Sequence[str] | None = None, open_runtime: OpenRuntime | None = N
         return _say(f"{type(error).__name__}: {error} (a bug; --log_level=debug shows where)", 1)
 
 
-def _run(arguments: list[str], open_runtime: OpenRuntime) -> int:
-    """Find the command, parse its flags, do it."""
+def _run(arguments: list[str], open_runtime: "OpenRuntime") -> int:
+    """Find the command, do it."""
+    with interrupts_wait():
+        from .commands import COMMANDS
+        from .spelling import nearest
+
     if not arguments or arguments[0] in HELP:
-        print(_overview())
+        print(_overview(COMMANDS.values()))
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from .. import __version__
@@ -59,7 +63,15 @@ def _run(arguments: list[str], open_runtime: OpenRuntime) -> int:
     name, *rest = arguments
     if name not in COMMANDS:
         return _say(f"unknown command {name!r}: {nearest(name, COMMANDS)}", 2)
-    module = COMMANDS[name].load()
+    with interrupts_wait():
+        module = COMMANDS[name].load()
+    return _run_command(name, module, rest, open_runtime)
+
+
+def _run_command(name: str, module: "CommandModule", rest: list[str], open_runtime: "OpenRuntime") -> int:
+    """Parse the command's flags, do it."""
+    from .flags import describe, parse
+
     places: Sequence[str] = getattr(module, "POSITIONALS", ())
     if any(argument in HELP[:3] for argument in rest):
         usage = " ".join(["usage: millrace", name, *map(str.upper, places), "[--flags]"])
@@ -73,12 +85,9 @@ def _run(arguments: list[str], open_runtime: OpenRuntime) -> int:
     return module.run(values, open_runtime)
 
 
-def _overview() -> str:
-    def line(command: Command) -> str:
-        return f"  {command.name:<14}{command.summary}"
-
-    commands = "\n".join(line(command) for command in COMMANDS.values())
-    return f"usage: millrace COMMAND [--flags]\n\n{commands}\n\nmillrace COMMAND --help lists a command's flags."
+def _overview(commands: "Iterable[Command]") -> str:
+    lines = "\n".join(f"  {command.name:<14}{command.summary}" for command in commands)
+    return f"usage: millrace COMMAND [--flags]\n\n{lines}\n\nmillrace COMMAND --help lists a command's flags."
 
 
 def _say(message: str, code: int) -> int:
@@ -89,6 +98,12 @@ def _say(message: str, code: int) -> int:
 
 def _log_at(level: str) -> None:
     """Write Millrace's log to stderr; jax's own, a page per program, stays at warnings."""
+    with interrupts_wait():
+        import logging
+
+        from absl import flags
+        from absl import logging as absl_logging
+
     flags.FLAGS([sys.argv[0]])  # absl's logging has flags of its own, and complains where they were never parsed
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(level)
@@ -101,11 +116,13 @@ def _open_runtime(values: Mapping[str, Any]) -> "Runtime":
     from .overrides import resolve
 
     config = resolve(values)
-    from .api import Runtime
+    with interrupts_wait():
+        from .api import Runtime
 
     runtime = Runtime(config)
     if runtime.num_processes > 1:  # gloo writes to stdout that it is connected: results alone belong there
-        sys.stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        encoding, errors = sys.stdout.encoding, sys.stdout.errors
+        sys.stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding=encoding, errors=errors)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if runtime.takes_requests:
         return runtime

@@ -74,6 +74,8 @@ class LiveWeights:
     def save(self, place: Path | str) -> None:
         """Write the weights of this moment as a store; see Runtime.save_weights."""
         self._loop.check_open()
+        if not isinstance(place, str | Path):
+            raise ConfigError(f"save_weights() takes the path or URL of a new store; got {shown(place)}")
         if self._loop.group.num_processes > 1:
             raise ConfigError("save_weights() writes what one process holds; this is a group of several.")
         with self._swapping:

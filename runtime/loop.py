@@ -5,6 +5,7 @@ Before each plan comes a turn. Process 0 decides it, and tells the others of its
 
 import contextlib
 import dataclasses
+import os
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -58,6 +59,7 @@ class StepLoop:
         self._in_flight: tuple[StepPlan, StepResult] | None = None
         self._num_turns = self._num_plans = self._digest = 0
         self._swap_to: Callable[[str], Callable[[], None]] | None = None
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._run, name="millrace-step-loop", daemon=True)
         if self.group.leads:
             self.group.before_the_end(self._fail_waiting)
@@ -70,13 +72,16 @@ class StepLoop:
           RuntimeClosedError: the loop has ended.
           GroupError: this is not process 0.
         """
+        self._check_here()
         with self._changed:
             self.check_open()
             self._inbox += handles
             self._changed.notify()
 
     def cancel(self, handle: RequestHandle) -> None:
-        """End a request before the next plan; nothing if it has ended."""
+        """End a request before the next plan; nothing if it has ended, or is the parent's of this forked process."""
+        if not self.is_here:
+            return
         with self._changed:
             self._cancelled.append(handle)
             self._changed.notify()
@@ -92,6 +97,7 @@ class StepLoop:
           RuntimeClosedError: the loop has ended; the future brings it if that happens later.
           GroupError: this is not process 0.
         """
+        self._check_here()
         with self._changed:
             self.check_open()
             update = _Update(swap, store, running, Future())
@@ -119,8 +125,22 @@ class StepLoop:
         """How many times the weights were updated."""
         return self._scheduler.weights_version
 
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the process that made the loop: one that was forked from it has no thread of it."""
+        return os.getpid() == self._pid
+
+    def _check_here(self) -> None:
+        """Comes before any lock, which a thread that is not in this process may have held when it was forked."""
+        if not self.is_here:
+            raise RuntimeClosedError(
+                f"this process was forked from {self._pid}, which opened the runtime, and has none of its threads; use "
+                'it there, or start processes with "spawn" and open a Runtime in each'
+            )
+
     def check_open(self) -> None:
-        """Raises RuntimeClosedError if the loop has ended, GroupError where it takes no requests."""
+        """Raises RuntimeClosedError if the loop has ended or is not here, GroupError where it takes no requests."""
+        self._check_here()
         with self._changed:
             if self._error is not None or self._is_closing:
                 raise self._ended() from self._error
@@ -131,7 +151,9 @@ class StepLoop:
             )
 
     def close(self) -> None:
-        """Abort what is running and end the thread."""
+        """Abort what is running and end the thread; nothing in a process that was forked."""
+        if not self.is_here:
+            return
         with self._changed:
             has_followed, self._is_closing = self._is_closing, True
             self._changed.notify()

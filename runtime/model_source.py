@@ -109,7 +109,7 @@ def open_weights(model: str, revision: str | None) -> Checkpoint | Store:
         path = EMBEDDED_STORE
     elif Path(model).expanduser().exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         path = Path(model).expanduser()
-        is_gguf = path.suffix == GGUF_SUFFIX and path.is_file()
+        is_gguf = path.suffix.lower() == GGUF_SUFFIX and path.is_file()
         if not (is_gguf or path.is_dir()):
             raise CheckpointError(
                 f'model {model!r} is not a directory, a .gguf file, "embedded", a repository org/name, or the URL of a '

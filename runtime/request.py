@@ -3,8 +3,8 @@
 import dataclasses
 import numbers
 import random
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 from ..errors import InvalidRequestError
 from .limits import MAX_BAD_WORD_LEN, MAX_BAD_WORDS
@@ -147,7 +147,7 @@ def _prompt_token_ids(prompt: object, limits: RequestLimits) -> tuple[int, ...]:
             raise InvalidRequestError("the prompt is empty: it needs at least one character")
         ids = tuple(limits.tokenizer.encode(prompt))
     else:
-        if isinstance(prompt, bytes | Mapping) or not hasattr(prompt, "__iter__") or not hasattr(prompt, "__len__"):
+        if isinstance(prompt, bytes | Mapping) or not is_iterable(prompt) or not hasattr(prompt, "__len__"):
             raise InvalidRequestError(f"a prompt must be a string or a list of token ids, got {type(prompt).__name__}")
         ids = tuple(prompt)
     if not ids:
@@ -159,6 +159,15 @@ def _prompt_token_ids(prompt: object, limits: RequestLimits) -> tuple[int, ...]:
             raise InvalidRequestError(f"prompt token {position} must be an integer, got a {type(id).__name__}")
         _check_token_id(f"prompt token {position}", int(id), limits)
     return tuple(int(id) for id in ids)
+
+
+def is_iterable(value: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether iter() takes it: an array without dimensions has the method, and refuses."""
+    try:
+        iter(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _check_token_id(name: str, id: int, limits: RequestLimits) -> None:

@@ -43,11 +43,6 @@ def resolve(config: RuntimeConfig, model: ModelConfig, dtype: np.dtype) -> Runti
     Raises:
       ConfigError: max_context_len is beyond the model's own.
     """
-    if config.max_context_len is not None and config.max_context_len > model.max_context_len:
-        raise ConfigError(
-            f"max_context_len={config.max_context_len} is more than the {model.max_context_len} tokens that the "
-            "checkpoint declares. Lower it."
-        )
     is_resident = config.weights == "resident"
     num_slots = config.num_slots or (DEFAULT_NUM_SLOTS if is_resident else STREAMED_NUM_SLOTS)
     if config.num_slots is None and config.max_step_tokens is not None:
@@ -56,7 +51,7 @@ def resolve(config: RuntimeConfig, model: ModelConfig, dtype: np.dtype) -> Runti
     return config.replace(
         dtype=dtype.name,
         quantization=config.quantization or PLAIN,
-        max_context_len=config.max_context_len or _default_context_len(model),
+        max_context_len=context_len(config, model),
         num_slots=num_slots,
         max_step_tokens=config.max_step_tokens or max(num_tokens, 2 * num_slots),
         max_decode_steps=config.max_decode_steps if is_resident else 1,
@@ -64,9 +59,21 @@ def resolve(config: RuntimeConfig, model: ModelConfig, dtype: np.dtype) -> Runti
     )
 
 
-def _default_context_len(model: ModelConfig) -> int:
-    """A context past the original one stretches dynamic and longrope frequencies, so that is left to be asked for."""
-    return min(model.max_context_len, model.unstretched_len or model.max_context_len, DEFAULT_CONTEXT_LEN)
+def context_len(config: RuntimeConfig, model: ModelConfig) -> int:
+    """The longest prompt and output, in tokens.
+
+    Raises:
+      ConfigError: max_context_len is beyond the model's own.
+    """
+    if config.max_context_len is None:
+        # A context past the original one stretches dynamic and longrope frequencies: that is left to be asked for.
+        return min(model.max_context_len, model.unstretched_len or model.max_context_len, DEFAULT_CONTEXT_LEN)
+    if config.max_context_len > model.max_context_len:
+        raise ConfigError(
+            f"max_context_len={config.max_context_len} is more than the {model.max_context_len} tokens that the "
+            "checkpoint declares. Lower it."
+        )
+    return config.max_context_len
 
 
 def weights_budget(config: RuntimeConfig, memory_bytes: int | None) -> int:

@@ -22,7 +22,9 @@ from ..models.config import ModelConfig
 from ..models.families.quantization import KEY
 from ..pallas_kernels.quantized_matmul import WeightFormat
 from .checkpoint import Checkpoint
+from .config import DEFAULT_STORE_CACHE_DIR
 from .convert import fingerprint, source_name, write_store
+from .folders import unwritable
 from .json_files import read_object
 from .spelling import nearest
 from .store import Store, open_store
@@ -81,6 +83,22 @@ def cached_store(
             f"{error} This is the cache of converted checkpoints: --store_cache_dir=DIR puts it elsewhere, --no-store "
             f"loads the checkpoint directly, and millrace cache remove {place.name} begins again."
         ) from error
+
+
+def can_keep(source: Checkpoint | Store, dtype: np.dtype, quantization: WeightFormat | None) -> bool:
+    """Whether a checkpoint's store is in the default cache, or can be written there; says on stderr why not."""
+    try:
+        place = DEFAULT_STORE_CACHE_DIR.expanduser() / _folder_name(source, dtype, quantization)
+        reason = None if os.path.lexists(place / MANIFEST_FILE) else unwritable(place)
+    except RuntimeError as error:  # there is no home folder
+        reason = str(error)
+    if reason is not None:
+        print(
+            f"millrace: {source.path} is loaded directly, which takes longer: its store cannot be written into "
+            f"{DEFAULT_STORE_CACHE_DIR} ({reason}); --store_cache_dir=DIR puts it elsewhere",
+            file=sys.stderr,
+        )
+    return reason is None
 
 
 def _folder_name(source: Checkpoint | Store, dtype: np.dtype, quantization: WeightFormat | None) -> str:

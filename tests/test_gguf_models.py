@@ -182,6 +182,11 @@ def test_the_launcher_plans_and_converts_one(tmp_path: Path, capsys: pytest.Capt
     assert str(tmp_path / "store") in capsys.readouterr().out
 
 
+def test_the_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "UP.GGUF").symlink_to(FOLDER / "f16.gguf")
+    assert open_model(str(tmp_path / "UP.GGUF"), None).config == open_model(str(FOLDER / "f16.gguf"), None).config
+
+
 def test_a_quantized_file_is_not_quantized_again() -> None:
     with pytest.raises(ConfigError, match="expected plain weights to quantize as int8; they are quantized already"):
         open_model(str(FOLDER / "q4_0.gguf"), None, "int8")

@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from millrace import (
@@ -237,6 +238,26 @@ def test_a_cancelled_request_ends_with_abort(runtime: Runtime) -> None:
     handle.cancel()
     assert handle.result().outputs[0].finish_reason in ("abort", "length")
     assert len(tokens(runtime, [4, 5])) == 10
+
+
+@pytest.mark.parametrize("let_go", [Generator.close, lambda stream: None], ids=["closed", "dropped"])
+def test_a_stream_that_is_let_go_before_its_first_output_cancels_its_request(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, let_go: Callable[[Generator[Any]], None]
+) -> None:
+    cancelled: list[Any] = []
+    monkeypatch.setattr(runtime._loop, "cancel", cancelled.append)
+    monkeypatch.setattr(runtime._loop, "submit", lambda handles: None)
+    let_go(runtime.stream([4, 5], GREEDY))
+    assert len(cancelled) == 1
+
+
+def test_what_is_no_prompt_and_no_place_is_refused(runtime: Runtime) -> None:
+    for call in (runtime.generate, runtime.stream):
+        with pytest.raises(InvalidRequestError, match="a string"):
+            call(np.array(5))  # type: ignore[operator]
+    for place in (3, None):
+        with pytest.raises(ConfigError, match="save_weights.. takes the path or URL of a new store; got"):
+            runtime.save_weights(place)  # type: ignore[arg-type]
 
 
 def test_many_threads_may_submit(runtime: Runtime) -> None:

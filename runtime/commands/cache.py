@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 from ..flags import LOG_LEVEL, PROGRESS, Group, Option
+from ..interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from ..store_cache import CachedStore
@@ -38,8 +39,9 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     """The exit code: 1 where verification finds something wrong."""
     if values["action"] not in ACTIONS:
         raise ConfigError(f"expected {', '.join(ACTIONS)}; got {values['action']!r}")
-    from ..config import DEFAULT_STORE_CACHE_DIR
-    from ..store_cache import find_cached, list_cached
+    with interrupts_wait():
+        from ..config import DEFAULT_STORE_CACHE_DIR
+        from ..store_cache import find_cached, list_cached
 
     cache_dir = Path(values["store_cache_dir"] or DEFAULT_STORE_CACHE_DIR).expanduser()
     names = values["name"] or []

@@ -6,11 +6,12 @@ Ctrl-C stops a reply and keeps what was said; at the prompt it clears the line. 
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ...errors import InvalidRequestError
+from ...errors import ConfigError, InvalidRequestError
 from ..flags import RUNTIME, SAMPLING, Group, Option, request_params
+from .prompts import piped_lines
 from .small import fitted
 
 if TYPE_CHECKING:
@@ -29,22 +30,29 @@ Message = dict[str, str]
 
 def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     """The exit code: 0, or 1 where a piped message was refused."""
+    _check_one(values["n"] or 1)
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() its line editing and history
-    with open_runtime(fitted(values, num_sequences=values["n"] or 1)) as runtime:
+    with open_runtime(fitted(values, num_sequences=1)) as runtime:
         params = request_params(values, runtime.default_sampling_params)
+        _check_one(params.n)
         if interactive:
             print("Ctrl-C stops a reply, /reset forgets the conversation, /exit leaves.", file=sys.stderr)
         opening = [{"role": "system", "content": values["system"]}] if values["system"] else []
         return _converse(runtime, params, opening, interactive)
 
 
+def _check_one(n: int) -> None:
+    if n > 1:
+        raise ConfigError(f"chat goes on from one reply: n must be 1; got {n}, by flag or of the model. Give --n=1.")
+
+
 def _converse(runtime: "Runtime", params: "SamplingParams", opening: list[Message], interactive: bool) -> int:
     """Read a message, write its reply, until the end of the input."""
     messages = list(opening)
-    while (line := _read_line(interactive)) is not None:
+    for line in _typed_lines() if interactive else piped_lines():
         text = line.strip()
         if text == "/exit":
             break
@@ -64,18 +72,20 @@ def _converse(runtime: "Runtime", params: "SamplingParams", opening: list[Messag
     return 0
 
 
-def _read_line(interactive: bool) -> str | None:
-    """The next message, None at the end of the input."""
-    if not interactive:
-        return sys.stdin.readline() or None
+def _typed_lines() -> Iterator[str]:
+    """What a person types, line by line, until the end of the input."""
     while True:
         try:
-            return input("> ")
+            line = input("> ")
         except KeyboardInterrupt:
             print("\n(/exit or Ctrl-D leaves)", file=sys.stderr)
+        except UnicodeDecodeError as error:
+            print(f"millrace: that was not {error.encoding}: {error.reason}", file=sys.stderr)
         except EOFError:
             print()
-            return None
+            return
+        else:
+            yield line
 
 
 def _reply(runtime: "Runtime", messages: list[Message], params: "SamplingParams") -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ...errors import ConfigError
 from ..config import RuntimeConfig
 from ..flags import RUNTIME, Group, Option
+from ..interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from ..artifacts import Manifest
@@ -46,16 +47,17 @@ def compile_artifact(config: RuntimeConfig, folder: Path) -> "Manifest":
     Raises:
       ConfigError, KernelError, OutOfMemoryError: what is wrong and what mends it.
     """
-    import jax
+    with interrupts_wait():
+        import jax
 
-    from ...sharding.mesh import make_mesh
-    from ...sharding.targets import parse_target, stay_on_cpus
-    from ..artifacts import write_artifact
-    from ..deployment import deploy, platform_of
-    from ..gpu_pool import claim_memory
-    from ..model_source import open_model_config
-    from ..sizes import device_memory
-    from ..weight_choice import choose_weights
+        from ...sharding.mesh import make_mesh
+        from ...sharding.targets import parse_target, stay_on_cpus
+        from ..artifacts import write_artifact
+        from ..deployment import deploy, platform_of
+        from ..gpu_pool import claim_memory
+        from ..model_source import open_model_config
+        from ..sizes import device_memory
+        from ..weight_choice import choose_weights
 
     machine = None if config.target is None else parse_target(config.target)
     claim_memory()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from ...errors import ConfigError
 from ..config import PLAIN, Quantization, dtype_of_weights
 from ..flags import LOG_LEVEL, PROGRESS, Group, Option
+from ..interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from . import OpenRuntime
@@ -54,11 +55,12 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     format_name = None if values["quantization"] == PLAIN else values["quantization"]
     if values["group_size"] is not None and format_name is None:
         raise ConfigError("group_size goes with quantization, as in --quantization=int4 --group_size=128")
-    import jax.numpy as jnp
+    with interrupts_wait():
+        import jax.numpy as jnp
 
-    from ...models.families.quantization import wanted_format
-    from ..convert import convert
-    from ..model_source import open_weights
+        from ...models.families.quantization import wanted_format
+        from ..convert import convert
+        from ..model_source import open_weights
 
     source = open_weights(values["source"], values["revision"])
     dtype = None if name is None else jnp.dtype(name)

@@ -53,7 +53,7 @@ def _complete(runtime: "Runtime", prompt: str) -> Pace:
     print(f"{bold}{prompt}{plain}", end="", flush=True)
     pace = Pace()
     for output in runtime.stream(prompt, params):
-        pace.note(len(output.outputs[0].token_ids))
+        pace.note(len(output.outputs[0].token_ids), output.metrics)
         print(output.outputs[0].text, end="", flush=True)
     print("\n")
     return pace

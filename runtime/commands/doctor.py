@@ -9,13 +9,13 @@ import os
 import platform
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..flags import RUNTIME
+from ..folders import unwritable
 
 if TYPE_CHECKING:
     from ..config import RuntimeConfig
@@ -170,22 +170,29 @@ def _compile_cache(config: "RuntimeConfig") -> Iterator[Finding]:
     if folder is None:
         yield Finding("warn", "compile cache", "off: every start compiles again", "leave --compile_cache_dir away")
         return
-    if (reason := _unwritable(folder)) is not None:
+    if (reason := unwritable(folder)) is not None:
         remedy = f"chmod u+w {folder}, or --compile_cache_dir=FOLDER with one that you may write"
-        yield Finding("warn", "compile cache", f"{folder}: {reason}; every start compiles again", remedy)
+        if config.compile_cache_dir is not None and not folder.is_dir():
+            yield Finding("FAIL", "compile cache", f"{folder}: {reason}; no model can be opened", remedy)
+        else:
+            yield Finding("warn", "compile cache", f"{folder}: {reason}; every start compiles again", remedy)
         return
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()] if folder.exists() else []
     yield Finding("ok", "compile cache", f"{folder}: {len(sizes)} files, {sum(sizes) / 2**20:.0f} MiB")
 
 
-def _unwritable(folder: Path) -> str | None:
-    """Why nothing can be written in `folder`, or in the nearest folder above it that exists; None where it can."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)
+def _store_cache(config: "RuntimeConfig") -> Iterator[Finding]:
+    from ..config import DEFAULT_STORE_CACHE_DIR
+
+    folder = Path(config.store_cache_dir or DEFAULT_STORE_CACHE_DIR).expanduser()
+    if not config.store:
+        yield Finding("note", "store cache", "off: checkpoints are loaded directly")
+    elif (reason := unwritable(folder)) is None:
+        yield Finding("ok", "store cache", str(folder))
+    else:
+        remedy = f"chmod u+w {folder}, or --store_cache_dir=FOLDER with one that you may write"
+        effect = "are loaded directly" if config.store_cache_dir is None else "that it does not hold cannot be opened"
+        yield Finding("warn", "store cache", f"{folder}: {reason}; checkpoints {effect}", remedy)
 
 
 def _embedded(_: "RuntimeConfig") -> Iterator[Finding]:
@@ -206,5 +213,5 @@ def _hub(_: "RuntimeConfig") -> Iterator[Finding]:
 
 Check = Callable[["RuntimeConfig"], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = (
-    _python, _versions, _settings, _devices, _host, _native_kernels, _compile_cache, _embedded, _hub,
+    _python, _versions, _settings, _devices, _host, _native_kernels, _compile_cache, _store_cache, _embedded, _hub,
 )  # fmt: skip

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 from ..flags import RUNTIME, Group, Option
+from ..interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from ...models.config import ModelConfig
@@ -56,12 +57,13 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     config = resolve({**values, "kv_cache_dtype": None, "quantization": None})
     if config.weights != "resident":
         raise ConfigError("eval-quant has all weights on the devices: leave --weights out.")
-    from ...sharding.mesh import make_mesh
-    from ..assembly import keep_programs
-    from ..cpu_kernels import prepare_kernels
-    from ..deployment import platform_of
-    from ..model_source import open_model
-    from ..quant_eval import evaluate, make_windows
+    with interrupts_wait():
+        from ...sharding.mesh import make_mesh
+        from ..assembly import keep_programs
+        from ..cpu_kernels import prepare_kernels
+        from ..deployment import platform_of
+        from ..model_source import open_model
+        from ..quant_eval import evaluate, make_windows
 
     source = open_model(config.model, config.revision)
     if source.tokenizer is None:

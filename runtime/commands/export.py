@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import CheckpointError, ConfigError
 from ..flags import LOG_LEVEL, PROGRESS, Group, Option
+from ..interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from . import OpenRuntime
@@ -33,9 +34,10 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     """The exit code, 0."""
     if not values["store"] or not values["destination"]:
         raise ConfigError("expected a store and a destination, as in: millrace export path/to/store path/to/new")
-    from ..export import export
-    from ..model_source import open_weights
-    from ..store import Store
+    with interrupts_wait():
+        from ..export import export
+        from ..model_source import open_weights
+        from ..store import Store
 
     store = open_weights(values["store"], None)
     if not isinstance(store, Store):

@@ -58,17 +58,21 @@ def _stream(runtime: "Runtime", prompt: Prompt, params: "SamplingParams") -> int
     pace, last, ids = Pace(), "", []
     for output in runtime.stream(prompt, params):
         piece = output.outputs[0]
-        pace.note(len(piece.token_ids))
+        pace.note(len(piece.token_ids), output.metrics)
         ids += piece.token_ids
         last = piece.text or last
         print(piece.text, end="", flush=True)
-    if not last:
-        # No tokenizer, or --nodetokenize.
+    if not _has_text(runtime, params):
         print(",".join(map(str, ids)), end="")
     if not last.endswith("\n"):
         print()
     print(pace.sentence(), file=sys.stderr)
     return 0
+
+
+def _has_text(runtime: "Runtime", params: "SamplingParams") -> bool:
+    """Whether completions are written as text, which may be empty; else their token ids are."""
+    return runtime.has_tokenizer and params.detokenize
 
 
 def _results(
@@ -100,7 +104,8 @@ def _write_texts(runtime: "Runtime", prompts: Sequence[Prompt], params: "Samplin
             continue
         for completion in result.outputs:
             print(f"--- prompt {number}, completion {completion.index + 1}: {prompt!r:.60}")
-            print(completion.text or ",".join(map(str, completion.token_ids)), flush=True)
+            ids = ",".join(map(str, completion.token_ids))
+            print(completion.text if _has_text(runtime, params) else ids, flush=True)
     return code
 
 
@@ -112,8 +117,18 @@ def _write_jsonl(runtime: "Runtime", prompts: Sequence[Prompt], params: "Samplin
             record = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, "error": str(result)}
         else:
             record = request_record(result)
-        print(json.dumps(record, ensure_ascii=False, allow_nan=False), flush=True)
+        print(_json_line(record), flush=True)
     return code
+
+
+def _json_line(record: Mapping[str, Any]) -> str:
+    """A record as JSON, with escapes where stdout's encoding cannot hold it: half a surrogate pair is in none."""
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(record, allow_nan=False)
+    return line
 
 
 def request_record(output: "RequestOutput") -> dict[str, Any]:

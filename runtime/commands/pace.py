@@ -1,6 +1,12 @@
 """How fast one streamed completion came."""
 
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..request import RequestMetrics
+
+_FEWEST_PIECES = 3  # the time between two says little: both may have been waiting when the first was read
 
 
 class Pace:
@@ -10,17 +16,20 @@ class Pace:
         self._started_s = time.perf_counter()
         self._first_s: float | None = None
         self._last_s = self._started_s
-        self._num_first = 0
+        self._num_first = self._num_pieces = 0
         self.num_tokens = 0
 
-    def note(self, num_tokens: int) -> None:
-        """`num_tokens` more have come now."""
-        if not num_tokens:
-            return
-        self._last_s = time.perf_counter()
-        if self._first_s is None:
-            self._first_s, self._num_first = self._last_s, num_tokens
-        self.num_tokens += num_tokens
+    def note(self, num_tokens: int, metrics: "RequestMetrics | None" = None) -> None:
+        """`num_tokens` more have come now; the last piece's metrics say when the first and the last were made."""
+        if num_tokens:
+            self._last_s = time.perf_counter()
+            if self._first_s is None:
+                self._first_s, self._num_first = self._last_s, num_tokens
+            self.num_tokens += num_tokens
+            self._num_pieces += 1
+        if metrics is not None and metrics.time_to_first_token_s is not None and metrics.total_s is not None:
+            self._first_s = self._started_s + metrics.time_to_first_token_s
+            self._last_s = self._started_s + metrics.total_s
 
     @property
     def first_token_s(self) -> float:
@@ -39,10 +48,10 @@ class Pace:
 
     @property
     def tokens_per_s(self) -> float:
-        """Decoding speed after the first piece; over the whole time where one piece was all."""
-        if self.num_decoded and self.decode_s:
+        """Decoding speed after the first piece; over the whole time where there were too few to tell."""
+        if self._num_pieces >= _FEWEST_PIECES and self.decode_s:
             return self.num_decoded / self.decode_s
-        return self.num_tokens / max(self.first_token_s, 1e-9)
+        return self.num_tokens / max(self._last_s - self._started_s, 1e-9)
 
     def sentence(self) -> str:
         """`64 tokens, 812.5 tokens/s, first token after 9 ms`."""

@@ -1,8 +1,9 @@
 """Where `millrace generate` takes its prompts from: flags, a file, or a pipe."""
 
+import io
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,40 @@ def read_prompts(values: Mapping[str, Any]) -> list[Prompt]:
         return _read_file(Path(values["prompt_file"]))
     if not sys.stdin or sys.stdin.isatty():
         raise ConfigError("no prompt: give --prompt=TEXT, --prompt_file or --prompt_token_ids=1,2,3, or pipe a text")
-    text = sys.stdin.read()
+    text = read_piped()
     if not text:
         raise ConfigError("no prompt: the piped text is empty; give --prompt=TEXT, --prompt_file or --prompt_token_ids")
     return [text]
 
 
+def read_piped() -> str:
+    """All of standard input."""
+    return io.StringIO(_utf8(sys.stdin.buffer.read()), newline=None).read()  # line ends become "\n", as in a file
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of standard input, each as soon as it is there."""
+    offset = 0
+    for line in sys.stdin.buffer:
+        yield _utf8(line, offset)
+        offset += len(line)
+
+
+def _utf8(content: bytes, offset: int = 0) -> str:
+    """The text of what stands on standard input from this offset on."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"standard input must be UTF-8; byte {offset + error.start} (from 0) is 0x{content[error.start]:02x}: "
+            f"{error.reason}. Convert it first, as with iconv."
+        ) from None
+
+
 def _read_file(path: Path) -> list[Prompt]:
     """A prompt per line that is not blank; in a .jsonl file each line is a JSON prompt."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() splits inside of texts, as at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompt_file={path} cannot be read: {error}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -50,7 +75,7 @@ def _parse_line(line: str, place: str) -> Prompt:
     """A JSON text, a list of token ids, or an object with one of them as `prompt` or `prompt_token_ids`."""
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or too many brackets, besides
         raise ConfigError(f"{place} is not JSON: {error}") from None
     if isinstance(value, dict) and len(value) == 1:
         value = value.get("prompt", value.get("prompt_token_ids"))

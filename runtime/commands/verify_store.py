@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
 from ..flags import LOG_LEVEL, PROGRESS, Group, Option
+from ..interrupts import interrupts_wait
 
 if TYPE_CHECKING:
     from . import OpenRuntime
@@ -31,7 +32,8 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     """The exit code: 1 where something is wrong."""
     if not values["store"]:
         raise ConfigError("expected a store, as in: millrace verify-store path/to/store")
-    from ..store_verify import verify_store
+    with interrupts_wait():
+        from ..store_verify import verify_store
 
     faults = verify_store(values["store"], show_progress=values["progress"])
     for fault in faults:

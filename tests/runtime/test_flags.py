@@ -42,3 +42,8 @@ def test_arguments_without_a_place_are_refused(argv, message):
 @pytest.mark.parametrize("spelling", ["--noall", "--no-all", "--all=false"])
 def test_a_switch_is_turned_off_in_each_of_its_spellings(spelling):
     assert parse((COPY,), [spelling], "copy")["all"] is False
+
+
+def test_a_value_that_looks_like_a_switch_stays_as_it_is():
+    values = parse((COPY,), ["--source", "--no-all", "--", "--no-all"], "copy", ("names",))
+    assert values == {"source": "--no-all", "names": ["--no-all"], "all": True}

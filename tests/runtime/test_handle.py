@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from millrace import MillraceError, RequestOutput, SamplingParams
+from millrace import InvalidRequestError, MillraceError, RequestOutput, SamplingParams
 from millrace.runtime.completion import TokenEvent
 from millrace.runtime.handle import RequestHandle
 from millrace.runtime.limits import MAX_LOGPROBS
@@ -114,6 +114,18 @@ def test_a_result_that_does_not_come_in_time_leaves_the_request_running() -> Non
         handle.result(timeout_s=0)
     push(handle, 1, reason="length")
     assert ids([handle.result(timeout_s=0)]) == [[1]]
+
+
+@pytest.mark.parametrize("timeout_s", ["a", True, float("nan")])
+def test_a_timeout_that_is_no_number_is_refused(timeout_s: Any) -> None:
+    with pytest.raises(InvalidRequestError, match="timeout_s must be a number of seconds"):
+        make_handle().result(timeout_s)
+
+
+def test_a_timeout_may_be_endless() -> None:
+    handle = make_handle()
+    push(handle, 1, reason="length")
+    assert ids([handle.result(timeout_s=float("inf"))]) == [[1]]
 
 
 def test_a_failure_reaches_every_reader_with_its_cause() -> None:

@@ -89,6 +89,19 @@ def test_ctrl_c_exits_with_130(capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_ctrl_c_while_modules_are_imported_exits_with_130_and_no_traceback():
+    script = (
+        "import signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_): name == 'absl' and signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "from millrace.runtime.launch import main\n"
+        "sys.exit(main(['--help']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "millrace: interrupted\n")
+
+
 def test_help_and_wrong_flags_do_not_import_jax():
     script = (
         "import sys; from millrace.runtime.launch import main\n"

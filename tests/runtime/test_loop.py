@@ -569,3 +569,29 @@ def test_closing_refuses_the_updates_that_wait(bench: Bench) -> None:
         version.result(WAIT_S)
     closer.join(WAIT_S)
     assert "swap" not in bench.executor.log
+
+
+def test_a_forked_process_is_told_so_and_leaves_its_parents_loop_alone(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = bench.handle((1, 2))
+    with monkeypatch.context() as child:
+        child.setattr("os.getpid", lambda: -1)
+        with bench.loop._changed:  # as a thread may have, that is not in the child
+            other = threading.Thread(target=lambda: refused.append(refusal(bench, handle)), daemon=True)
+            refused: list[str] = []
+            other.start()
+            other.join(WAIT_S)
+        assert len(refused) == 1 and "this process was forked from" in refused[0]
+    assert bench.submit((1, 2)).result(WAIT_S).outputs[0].token_ids == expected((1, 2), 5)
+
+
+def refusal(bench: Bench, handle: RequestHandle) -> str:
+    """What submit() says, after all that says nothing."""
+    bench.loop.cancel(handle)
+    bench.loop.close()
+    try:
+        bench.loop.submit([handle])
+    except RuntimeClosedError as error:
+        return str(error)
+    return ""

@@ -46,6 +46,7 @@ def test_numpy_prompt_becomes_plain_integers(limits):
         (None, "string or a list"),
         (b"ab", "string or a list"),
         ({1: 2}, "string or a list"),
+        (np.array(5), "string or a list"),
         (np.zeros((2, 2), int), "prompt token 0 must be an integer"),
         ("half \ud800", "surrogate"),
         ([5] * 64, "64 tokens.*max_context_len=64"),

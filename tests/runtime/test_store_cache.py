@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from millrace import SamplingParams
 from millrace.errors import CheckpointError, ConfigError
 from millrace.models.families import config_from_hf
 from millrace.runtime.checkpoint import open_checkpoint
@@ -124,3 +125,19 @@ def test_store_with_a_damaged_manifest_is_listed_and_can_be_removed(checkpoint_d
     assert listed.source is None and listed.name == store.path.name
     remove_cached(listed)
     assert list_cached(tmp_path / "cache") == []
+
+
+def test_default_caches_that_cannot_be_written_are_done_without(open_tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    with open_tiny(store_cache_dir=None, compile_cache_dir=None) as runtime:
+        assert runtime.config.compile_cache_dir == ""
+        assert runtime.generate([4, 5], SamplingParams(max_tokens=1), use_tqdm=False)
+    lines = capsys.readouterr().err.splitlines()
+    assert [sum(f"--{name}_cache_dir=DIR" in line for line in lines) for name in ("store", "compile")] == [1, 1]
+
+
+def test_a_named_compile_cache_that_cannot_be_made_is_an_error(open_tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="compile_cache_dir .*file cannot be made"):
+        open_tiny(compile_cache_dir=str(tmp_path / "file"))

@@ -1,5 +1,11 @@
 """Groups on this machine whose command needs no runtime."""
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from millrace.runtime.launch import main
@@ -26,3 +32,23 @@ def test_the_flags_behind_two_dashes_are_the_commands(capfd: pytest.CaptureFixtu
 def test_a_group_without_a_command_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["group"]) == 1
     assert "the command that every process runs" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_supervisor_alone_ends_the_whole_group(tmp_path: Path, number: signal.Signals) -> None:
+    started, member = tmp_path / "started", tmp_path / "member"
+    os.mkfifo(started)
+    member.write_text(f"#!/bin/sh\necho $$ > {started}\nexec sleep 600\n")
+    member.chmod(0o700)
+    script = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # though it be ignored here
+    script += f"import sys; from millrace.runtime.supervisor import supervise; sys.executable = {str(member)!r}\n"
+    script += "sys.exit(supervise(['generate'], 2, num_restarts=3))"
+    with subprocess.Popen([sys.executable, "-c", script], start_new_session=True) as supervisor:
+        pids: list[int] = []
+        while len(pids) < 2:
+            pids += map(int, started.read_text().split())
+        supervisor.send_signal(number)
+        assert supervisor.wait(60) == 128 + number
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -29,6 +29,7 @@ class FakeRuntime:
     """Completes every prompt with PIECES, refuses the prompt "bad", and remembers what it was asked."""
 
     default_sampling_params = SamplingParams()
+    has_tokenizer = True
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
@@ -60,7 +61,7 @@ class FakeRuntime:
 
     def submit(self, prompt: Prompt, params: SamplingParams) -> FakeHandle:
         self._note(prompt, params)
-        if prompt == "bad":
+        if prompt in ("bad", "half \udc80"):
             raise InvalidRequestError("bad is refused")
         entry = Logprob(-0.5, 1, "a")
         logprobs = None if params.logprobs is None else [{7: entry}]
@@ -85,9 +86,10 @@ class Launcher:
         self._monkeypatch = monkeypatch
         self.runtime = FakeRuntime(RuntimeConfig())
 
-    def pipe(self, text: str) -> None:
+    def pipe(self, content: str | bytes) -> None:
         """What stands on standard input."""
-        self._monkeypatch.setattr("sys.stdin", io.StringIO(text))
+        content = content.encode() if isinstance(content, str) else content
+        self._monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
 
     def type(self, *lines: str | type[BaseException]) -> None:
         """What a person types at a terminal: lines, or an exception where a key raises one; then Ctrl-D."""

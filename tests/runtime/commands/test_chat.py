@@ -1,3 +1,5 @@
+import pytest
+
 REPLY = "    return a + b\n"
 
 
@@ -64,3 +66,18 @@ def test_ctrl_c_at_the_prompt_asks_again(launch, capsys):
     assert launch("chat") == 0
     assert len([asked for asked, _ in launch.runtime.asked if isinstance(asked, list)]) == 1
     assert "/exit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "own", "opens"), [(["--n=2"], 1, False), ([], 2, True)])
+def test_several_replies_are_refused(launch, capsys, flags, own, opens):
+    launch.runtime.default_sampling_params = launch.runtime.default_sampling_params.replace(n=own)
+    launch.pipe("one\n")
+    assert launch("chat", *flags) == 1
+    assert "n must be 1; got 2" in capsys.readouterr().err
+    assert (launch.runtime.closed, launch.runtime.asked) == (opens, [])
+
+
+def test_a_piped_line_that_is_not_utf8_is_named_by_its_byte(launch, capsys):
+    launch.pipe(b"one\ntw\xff\n")
+    assert launch("chat") == 1
+    assert "byte 6 (from 0) is 0xff" in capsys.readouterr().err

@@ -75,11 +75,15 @@ def test_an_nvidia_driver_without_its_plugin_is_a_warning(monkeypatch):
     assert warnings and "millrace[cuda]" in warnings[0].remedy
 
 
-def test_a_compile_cache_that_cannot_be_written_is_a_warning(tmp_path):
+def test_a_default_cache_that_cannot_be_made_is_a_warning_and_a_named_one_stops_a_start(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
     (finding,) = doctor._compile_cache(RuntimeConfig(compile_cache_dir=str(file / "below")))
-    assert finding.level == "warn" and finding.remedy
+    assert finding.level == "FAIL" and finding.remedy
+    monkeypatch.setenv("HOME", str(file))
+    for check, effect in ((doctor._compile_cache, "compiles again"), (doctor._store_cache, "are loaded directly")):
+        (finding,) = check(RuntimeConfig())
+        assert finding.level == "warn" and finding.remedy and effect in finding.detail
 
 
 def test_a_compile_cache_that_is_off_is_a_warning():

@@ -1,3 +1,4 @@
+import io
 import json
 
 import pytest
@@ -20,10 +21,34 @@ def test_text_without_a_line_end_gets_one(launch, capsys):
 
 
 def test_token_ids_are_written_where_there_is_no_text(launch, capsys):
-    launch.runtime.pieces = ["", "", ""]
+    launch.runtime.pieces, launch.runtime.has_tokenizer = ["", "", ""], False
     assert launch("generate", "--prompt_token_ids=5,6,7") == 0
     assert launch.runtime.asked[0][0] == [5, 6, 7]
     assert capsys.readouterr().out == "0,1,2\n"
+
+
+def test_an_empty_text_is_not_written_as_token_ids(launch, capsys):
+    launch.runtime.pieces = [""]
+    launch("generate", "--prompt=hi")
+    assert capsys.readouterr().out == "\n"
+
+
+def test_a_piped_text_that_is_not_utf8_is_named_by_its_byte(launch, capsys):
+    launch.pipe(b"caf\xe9 au lait")
+    assert launch("generate") == 1
+    assert "standard input must be UTF-8; byte 3 (from 0) is 0xe9" in capsys.readouterr().err
+    assert not launch.runtime.asked
+
+
+@pytest.mark.parametrize("format", ["text", "jsonl"])
+def test_a_text_that_stdout_cannot_encode_is_escaped(launch, monkeypatch, format):
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", narrow)
+    launch.runtime.pieces = ["gr\u00f6\u00dfer"]
+    assert launch("generate", "--prompt=\u00f6", f"--format={format}") == 0
+    narrow.flush()
+    written = narrow.buffer.getvalue().decode("ascii")
+    assert written == "gr\\xf6\\xdfer\n" if format == "text" else json.loads(written)["prompt"] == "\u00f6"
 
 
 def test_a_piped_text_is_one_prompt_as_it_stands(launch):
@@ -74,6 +99,21 @@ def test_jsonl_puts_an_error_in_a_refused_prompts_place(launch, capsys):
     assert good["outputs"] and bad == {"prompt": "bad", "error": "bad is refused"}
 
 
+def test_a_prompt_with_half_a_surrogate_pair_leaves_the_later_ones(launch, capsys):
+    assert launch("generate", "--prompt=half \udc80", "--prompt=good", "--format=jsonl") == 1
+    bad, good = map(json.loads, capsys.readouterr().out.splitlines())
+    assert bad == {"prompt": "half \udc80", "error": "bad is refused"} and good["outputs"]
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_a_file_is_split_at_line_ends_alone_and_may_have_a_byte_order_mark(launch, tmp_path, name):
+    path, texts = tmp_path / name, ["a\u2028b\x0cc\x85d", "e"]
+    lines = [json.dumps(text, ensure_ascii=False) if name.endswith("l") else text for text in texts]
+    path.write_bytes("\r\n".join(lines).encode("utf-8-sig"))
+    assert launch("generate", f"--prompt_file={path}") == 0
+    assert [prompt for prompt, _ in launch.runtime.asked] == texts
+
+
 def test_a_file_has_a_prompt_per_line(launch, tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\ntwo\n")
@@ -88,12 +128,17 @@ def test_a_jsonl_file_has_texts_lists_and_objects(launch, tmp_path):
     assert [prompt for prompt, _ in launch.runtime.asked] == ["a\nb", [1, 2], "c", [3]]
 
 
-@pytest.mark.parametrize("line", ["{", "1", "[1.5]", "[true]", '{"prompt": "a", "n": 2}', '{"promt": "a"}', "null"])
+@pytest.mark.parametrize(
+    "line",
+    ["{", "1", "[1.5]", "[true]", '{"prompt": "a", "n": 2}', '{"promt": "a"}', "null", "9" * 5000, "[" * 100_000],
+    ids=lambda line: line[:16],
+)
 def test_a_malformed_jsonl_line_is_named(launch, capsys, tmp_path, line):
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'"good"\n{line}\n')
     assert launch("generate", f"--prompt_file={path}") == 1
-    assert "prompts.jsonl:2" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "prompts.jsonl:2" in err and "a bug" not in err
     assert not launch.runtime.asked
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from millrace.runtime.commands import pace as pace_module
 from millrace.runtime.commands.pace import Pace
+from millrace.runtime.request import RequestMetrics
 
 
 @pytest.fixture
@@ -29,3 +30,19 @@ def test_a_single_piece_is_timed_from_the_start(clock):
 
 def test_an_empty_stream_has_a_sentence(clock):
     assert Pace().sentence().startswith("0 tokens")
+
+
+def test_two_pieces_are_timed_from_the_start(clock):
+    pace = Pace()
+    for moment, tokens in ((10.5, 1), (10.50001, 3)):
+        clock[0] = moment
+        pace.note(tokens)
+    assert round(pace.tokens_per_s, 1) == 8.0
+
+
+def test_pieces_that_were_read_late_count_when_they_were_made(clock):
+    pace = Pace()
+    clock[0] = 15.0
+    for metrics in (None, None, RequestMetrics(time_to_first_token_s=0.5, total_s=2.5)):
+        pace.note(8, metrics)
+    assert (pace.first_token_s, pace.tokens_per_s) == (0.5, 8.0)

@@ -44,3 +44,19 @@ def test_a_mesh_beyond_the_target_is_one_line(model: str, capsys: pytest.Capture
 def test_a_prompt_of_no_token_is_refused(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", model, "--prompt_len=0", *SMALL]) == 1
     assert "--prompt_len must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--prompt_len=96"], ["--prompt_len=50", "--output_len=47"]])
+def test_a_request_beyond_the_context_is_refused_by_name(
+    model: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", model, *flags, *SMALL]) == 1
+    assert f"max_context_len=96; got {' and '.join(flags)}" in capsys.readouterr().err
+
+
+def test_a_request_that_was_not_asked_for_fits_in_a_short_context(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", model, "--json=-", *SMALL]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["workload"] == {"prompt_len": 48, "output_len": 48} and record["prediction"]["num_sequences"] > 0
