@@ -4,7 +4,7 @@ Values are never moved between threads. A word is 4 neighbouring bytes of a row.
 wgmma's 8-bit layout wants them (`words_of`), and that is where its 16-bit layout wants pairs. So pair i of every word,
 its values i and i + 2, becomes an operand of its own, [64 rows, 64 inputs] from 32 words, by one conversion
 (`both_pairs`); its columns are inputs in an order of their own, in which the other side is laid out beforehand
-(`in_order_of_pairs`). Stored weights have decoders of their own (quantized_matmul/hopper_decode).
+(`in_order_of_pairs`). Stored weights have decoders of their own (quantized_matmul/hopper_unpack).
 
 A transposed operand is made likewise (`transposed_words_of`): the transposing `ldmatrix` moves units of 2 bytes, so a
 word is two neighbouring columns of two neighbouring rows. Its pairs are neighbouring rows of one column: what is

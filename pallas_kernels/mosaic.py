@@ -12,7 +12,7 @@ LINE_BYTES = 128  # of the widest swizzle
 # Rows of shared memory that are tiled together. TMA copies whole such tiles of an array: from a row within one it takes
 # that row's place in each, and zeros past its end, and nothing says so.
 TILED_ROWS = 8
-COLUMNS, ROWS = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)  # one number for each column, or row
+BY_COLUMN, BY_ROW = plgpu.Layout.WGMMA.reduce(0), plgpu.Layout.WGMMA.reduce(1)  # one number for each column, or row
 
 
 def swizzled(shape: Sequence[int], dtype: DTypeLike, line_bytes: int = LINE_BYTES) -> Any:

@@ -3,6 +3,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import millrace
+from millrace.runtime.commands import doctor
 
 ROOT = Path(millrace.__file__).parent
 NOT_SHIPPED = {"tests", "benchmarks", "notebooks", "build", "dist"}
@@ -40,6 +41,11 @@ def test_every_data_file_is_named_in_setup_cfg():
     store = ROOT / "models" / "embedded" / "store"
     hidden = [path for path in store.rglob("*") if path.name.startswith(".")]
     assert not hidden, "setuptools' globs leave hidden files out of the wheel"
+
+
+def test_doctor_asks_for_the_jax_that_is_installed():
+    lowest, too_new = (".".join(map(str, version)) for version in (doctor.LOWEST_JAX, doctor.FIRST_JAX_TOO_NEW))
+    assert f"jax>={lowest},<{too_new}" in settings()["options"]["install_requires"].split()
 
 
 def test_no_file_names_a_machines_path():

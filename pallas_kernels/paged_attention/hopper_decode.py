@@ -48,7 +48,7 @@ from ..hopper_operands import (
     transposed_words_of,
     words_of,
 )
-from ..mosaic import COLUMNS, ROWS, store, swizzled
+from ..mosaic import BY_COLUMN, BY_ROW, store, swizzled
 from .hopper_tiles import (
     LOG2_E,
     MASKED,
@@ -296,7 +296,7 @@ def _attend(unit: _Unit) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
 
     zeros = full(shape, 0.0, plgpu.Layout.WGMMA)
     mixed = [zeros for _ in output_tiles(head_dim)]
-    carry = (full((num_groups,), MASKED, COLUMNS), zeros, mixed, unit.pages(case.stages - lag))
+    carry = (full((num_groups,), MASKED, BY_COLUMN), zeros, mixed, unit.pages(case.stages - lag))
     peak, total, mixed, _ = lax.fori_loop(0, num_blocks, attend_block, carry)
     return peak, total, mixed
 
@@ -385,7 +385,7 @@ class _Block:
 
     def _scales(self, which: int) -> jax.Array:
         tile = self.scratch["scales"].at[self.stage, which]
-        scales: jax.Array = plgpu.load(tile, layout=ROWS, optimized=False)
+        scales: jax.Array = plgpu.load(tile, layout=BY_ROW, optimized=False)
         return scales
 
 

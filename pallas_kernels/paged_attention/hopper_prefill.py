@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ..mosaic import COLUMNS, ROWS, swizzled
+from ..mosaic import BY_COLUMN, BY_ROW, swizzled
 from .hopper_prefill_work import ROWS_EACH, Prefill, Share, Unit
 from .hopper_tiles import (
     LOG2_E,
@@ -316,7 +316,7 @@ class _Consumer:
         """Store the tile's own rows of the output."""
         peak, total, mixed = sums
         if self.sinks is not None:
-            sink = plgpu.load(self.sinks.at[unit.head, self.rows], layout=ROWS, optimized=False)
+            sink = plgpu.load(self.sinks.at[unit.head, self.rows], layout=BY_ROW, optimized=False)
             top = jnp.maximum(peak, sink)
             mixed = mixed * along_columns(jnp.exp2(peak - top), mixed.shape)
             total = total * jnp.exp2(peak - top) + jnp.exp2(sink - top)
@@ -356,7 +356,7 @@ class _Consumer:
     @property
     def _nothing(self) -> _Sums:
         """Of rows that have seen no key."""
-        peak, total = full((ROWS_EACH,), MASKED, ROWS), full((ROWS_EACH,), 0.0, ROWS)
+        peak, total = full((ROWS_EACH,), MASKED, BY_ROW), full((ROWS_EACH,), 0.0, BY_ROW)
         return _Sums(peak, total, full(self._q.shape, 0.0, plgpu.Layout.WGMMA))
 
     def _visit(self, unit: Unit, begin: int, step: Callable[[bool, jax.Array, Any], Any], carry: Any) -> Any:
@@ -432,7 +432,7 @@ class _Consumer:
         """Scores [64, keys] times their keys' scales (0), or weights times their values' (1), if there are any."""
         if not self.case.has_scales:
             return columns
-        scales = plgpu.load(self.scratch["scales"].at[stage, which], layout=COLUMNS, optimized=False)
+        scales = plgpu.load(self.scratch["scales"].at[stage, which], layout=BY_COLUMN, optimized=False)
         return columns * along_rows(scales, columns.shape)
 
     def _log2_scores(self, products: jax.Array) -> tuple[jax.Array, float]:
@@ -444,7 +444,7 @@ class _Consumer:
     def _masked(self, scores: jax.Array, first_key: jax.Array, position: jax.Array) -> jax.Array:
         """Scores [64, keys] of the keys from `first_key` that the rows of a tile at `position` see."""
         key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA) + first_key
-        position = plgpu.load(self.row_queries.at[self.rows], layout=ROWS, optimized=False) + position
+        position = plgpu.load(self.row_queries.at[self.rows], layout=BY_ROW, optimized=False) + position
         last = along_columns(position, scores.shape)
         is_visible = key <= last
         if self.case.window is not None:

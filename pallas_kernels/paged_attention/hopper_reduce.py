@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from ..mosaic import COLUMNS, swizzled
+from ..mosaic import BY_COLUMN, swizzled
 from .hopper_tiles import LOG2_E, MASKED, Put, along_rows, full, line_bytes, output_tiles, stage_output
 from .hopper_work import Place, Split, item_of
 
@@ -65,8 +65,8 @@ def _body(place: Place, split: Split, has_sinks: bool, put: Put, sums: Any, peak
         """An item's maxima, totals and tiles; past the slot's last item they count for nothing."""
         nothing = jnp.where(item < first + num_items, 0.0, MASKED)
         item = jnp.minimum(item, first + num_items - 1)
-        peak = plgpu.load(peaks.at[item, head, 0], layout=COLUMNS, optimized=False)
-        total = plgpu.load(peaks.at[item, head, 1], layout=COLUMNS, optimized=False)
+        peak = plgpu.load(peaks.at[item, head, 0], layout=BY_COLUMN, optimized=False)
+        total = plgpu.load(peaks.at[item, head, 1], layout=BY_COLUMN, optimized=False)
         sources = (sums.at[item, head, pl.ds(start, 64)] for start in tiles)
         parts = [plgpu.load(source, layout=plgpu.Layout.WGMMA, optimized=False) for source in sources]
         return peak + nothing, total, parts
@@ -86,7 +86,7 @@ def _body(place: Place, split: Split, has_sinks: bool, put: Put, sums: Any, peak
     @pl.when(num_items > 1)
     def _() -> None:
         zeros = [full((64, num_groups), 0.0, plgpu.Layout.WGMMA) for _ in tiles]
-        carry = (full((num_groups,), MASKED, COLUMNS), full((num_groups,), 0.0, COLUMNS), zeros)
+        carry = (full((num_groups,), MASKED, BY_COLUMN), full((num_groups,), 0.0, BY_COLUMN), zeros)
         peak, total, mixed = lax.fori_loop(0, lax.div(num_items + together - 1, together), add_items, carry)
         stage_output(peak, total, mixed, None if sinks is None else sinks.at[head], put, staged)
         plgpu.copy_smem_to_gmem(staged, output.at[slot, head])

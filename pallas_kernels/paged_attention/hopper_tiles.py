@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..hopper_operands import joined
-from ..mosaic import COLUMNS, store
+from ..mosaic import BY_COLUMN, store
 from .hopper_work import Units
 
 MASKED = -1e30  # finite, so that what has seen no key yet makes no NaN
@@ -143,7 +143,7 @@ def stage_output(
 ) -> None:
     """The output [G, H] of a whole slot, in shared memory and ready to be copied."""
     if sinks is not None:
-        sink = plgpu.load(sinks, layout=COLUMNS, optimized=False)
+        sink = plgpu.load(sinks, layout=BY_COLUMN, optimized=False)
         top = jnp.maximum(peak, sink)
         decay = jnp.exp2(peak - top)
         total = total * decay + jnp.exp2(sink - top)

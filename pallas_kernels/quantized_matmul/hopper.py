@@ -18,8 +18,8 @@ from ..tuning import tuned
 from . import hopper_a16, hopper_w8a8
 from .contract import MatmulProblem, QuantizedWeight, WeightFormat
 from .formats import quantize_rows
-from .hopper_decode import decoder
 from .hopper_tiles import Tile
+from .hopper_unpack import decoder
 from .hopper_w8a8 import Operand
 
 Kind = Literal["w8a8", "w8a16", "w4a16"]

@@ -3,7 +3,7 @@
 Schedule. Weights are M, since only wgmma's M operand may be registers; activations are N, 8 to 128 rows of them. A
 block has two consumer warpgroups of 64 channels and one that copies. A stage is 128 bytes of a channel (256 inputs of
 4 bits, 128 of 8): `ldmatrix` brings it into registers, and each of the 4 or 2 operands of 64 inputs that it becomes
-(hopper_decode) is decoded while wgmma multiplies the one before. Scales and zero points come by TMA too, 16 bytes of
+(hopper_unpack) is decoded while wgmma multiplies the one before. Scales and zero points come by TMA too, 16 bytes of
 each channel at once, so once in several stages (a panel); each split of K begins a panel, and may end within one. Where
 their rows do not begin at multiples of 16 bytes, every second, fourth or eighth does, and is copied apart (`folds`).
 Activations are read from L2 again by each block, N / 16 of the bytes of 4-bit weights with 64 channels: two blocks of a
@@ -43,15 +43,6 @@ from jaxtyping import Array, BFloat16, Int32
 from ..hopper_operands import ROWS, through_memory, words_of
 from ..mosaic import swizzled
 from .contract import QuantizedWeight, Storage, WeightFormat
-from .hopper_decode import (
-    COLUMNS,
-    decoder,
-    in_order_of_pairs,
-    missing_power,
-    offsets_of,
-    operand,
-    scales_of,
-)
 from .hopper_tiles import (
     GroupTiles,
     Parts,
@@ -63,6 +54,15 @@ from .hopper_tiles import (
     full_barrier,
     launch,
     shared_by,
+)
+from .hopper_unpack import (
+    COLUMNS,
+    decoder,
+    in_order_of_pairs,
+    missing_power,
+    offsets_of,
+    operand,
+    scales_of,
 )
 
 _PANELS = 2  # of scales in shared memory

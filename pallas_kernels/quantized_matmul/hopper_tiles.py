@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from ..mosaic import COLUMNS, ROWS
+from ..mosaic import BY_COLUMN, BY_ROW
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,12 +200,12 @@ def shared_by(tile: Tile) -> str | None:
 
 def along_rows(columns: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A number for each column, repeated over the rows."""
-    return lax.broadcast_in_dim(plgpu.layout_cast(columns, COLUMNS), shape, (1,))
+    return lax.broadcast_in_dim(plgpu.layout_cast(columns, BY_COLUMN), shape, (1,))
 
 
 def along_columns(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A number for each row, repeated over the columns."""
-    return lax.broadcast_in_dim(plgpu.layout_cast(rows, ROWS), shape, (0,))
+    return lax.broadcast_in_dim(plgpu.layout_cast(rows, BY_ROW), shape, (0,))
 
 
 class Parts:

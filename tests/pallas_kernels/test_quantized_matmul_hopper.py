@@ -18,13 +18,13 @@ from millrace.pallas_kernels.hopper_operands import words_of
 from millrace.pallas_kernels.quantized_matmul import FORMATS, MatmulProblem, WeightFormat, hopper, matmul, matmuls
 from millrace.pallas_kernels.quantized_matmul.contract import QuantizedWeight
 from millrace.pallas_kernels.quantized_matmul.formats import dequantize, pack_nibbles, quantize, quantize_rows
-from millrace.pallas_kernels.quantized_matmul.hopper_decode import (
+from millrace.pallas_kernels.quantized_matmul.hopper_tiles import Tile
+from millrace.pallas_kernels.quantized_matmul.hopper_unpack import (
     decoder,
     in_order_of_pairs,
     missing_power,
     operand,
 )
-from millrace.pallas_kernels.quantized_matmul.hopper_tiles import Tile
 
 H200 = "NVIDIA H200"
 INT4 = FORMATS["int4"]
