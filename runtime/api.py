@@ -239,8 +239,7 @@ def _cancelling(handle: RequestHandle) -> Generator[Any]:
         yield None  # where it is started
         yield from handle
     finally:
-        if not handle.finished:
-            handle.cancel()
+        handle.cancel()  # nothing to one that has ended, or is the parent's of a forked process
 
 
 def _close(loop: StepLoop, executor: Executor, chat: ChatRenderer) -> None:

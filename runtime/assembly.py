@@ -17,7 +17,7 @@ from ..sharding.mesh import make_mesh
 from . import host_memory
 from .artifacts import load_programs, with_options_of
 from .checkpoint import Checkpoint
-from .config import DEFAULT_CACHE_DIR, DEFAULT_STORE_CACHE_DIR, RuntimeConfig, programs_folder
+from .config import DEFAULT_CACHE_DIR, RuntimeConfig, programs_folder, stores_folder
 from .cpu_kernels import prepare_kernels
 from .deployment import Deployment, deploy, platform_of
 from .distributed import check_mesh, config_facts, start
@@ -109,10 +109,9 @@ def _with_weights(source: ModelSource, config: RuntimeConfig, dtype: np.dtype) -
     is_made = isinstance(weights, Checkpoint) or quantization is not None
     if is_made and config.store:
         model = source.config if quantization is None else without_formats(source.config)
-        folder = Path(config.store_cache_dir).expanduser() if config.store_cache_dir else None
-        if folder is None and (config.weights != "resident" or can_keep(weights, dtype, quantization)):
-            folder = DEFAULT_STORE_CACHE_DIR.expanduser()
-        if folder is not None:
+        must_keep = config.store_cache_dir is not None or config.weights != "resident"
+        if must_keep or can_keep(weights, dtype, quantization):
+            folder = stores_folder(config.store_cache_dir)
             store = cached_store(weights, model, dtype, folder, quantization, show_progress=config.progress)
             weights, source = store, dataclasses.replace(source, quantization=None)
     elif is_made and config.weights != "resident":

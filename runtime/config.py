@@ -44,6 +44,14 @@ def programs_folder(directory: str | None) -> Path | None:
     return None if directory == "" else Path(directory or DEFAULT_CACHE_DIR).expanduser()
 
 
+def stores_folder(directory: str | None) -> Path:
+    """Where stores of checkpoints are kept: what store_cache_dir names. Raises ConfigError without a home folder."""
+    try:
+        return Path(directory or DEFAULT_STORE_CACHE_DIR).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"store_cache_dir should name a folder, as there is no home folder ({error}).") from error
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """How a model is served. None stands for the default in the comment; `Runtime.config` holds what was chosen.

@@ -24,7 +24,7 @@ from .store_format import to_json
 from .tokenizer import Tokenizer, tokenizer_of
 
 SUFFIX = ".gguf"
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)", re.IGNORECASE)
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>(?i:\.gguf))")
 
 
 @dataclasses.dataclass(frozen=True)

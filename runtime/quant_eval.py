@@ -175,11 +175,11 @@ def parse_format(text: str) -> WeightFormat:
 
 
 def _candidate(plain: _Loaded, candidate: Candidate, config: RuntimeConfig, source: ModelSource) -> _Loaded:
-    """The candidate with its weights; plain ones are those of the plain model."""
+    """The candidate with its weights, from its own source if it has a path; plain ones are those of the plain model."""
     mesh, window_len = plain.model.placement.mesh, plain.model.max_context_len
     config = config.replace(dtype=plain.deployment.config.dtype, kv_cache_dtype=candidate.kv_cache_dtype)
     if candidate.path is not None:
-        return _load(_open_other(candidate.path, config, source), config, mesh, window_len)
+        return _load(source, config, mesh, window_len)
     if candidate.format is None:
         return _Loaded(deployment=_deploy(config, source.config, mesh, window_len), params=plain.params)
     format = parse_format(candidate.format)
@@ -290,9 +290,7 @@ def evaluate(
             f"{config.model} is quantized: expected the plain model, for others to be compared with. Give that as "
             "--model, and this one as --quantized."
         )
-    for candidate in candidates:  # before anything is computed
-        if candidate.path is not None:
-            _open_other(candidate.path, config, source)
+    others = {c.path: _open_other(c.path, config, source) for c in candidates if c.path is not None}
     plain = _load(source, config, mesh, windows.tokens.shape[1])
     pairs = _in_steps(windows, plain.model.placement.num_shards)
     with tqdm(total=(1 + len(candidates)) * len(pairs), unit="step", disable=not config.progress) as bar:
@@ -304,7 +302,7 @@ def evaluate(
         scores = [_score(exact, plain, Candidate(), lambda: None)]
         for candidate in candidates:
             bar.set_description(candidate.weights)
-            other = _candidate(plain, candidate, config, source)
+            other = _candidate(plain, candidate, config, others.get(candidate.path or "", source))
             scores.append(_score(exact, other, candidate, bar.update))
     plain_bits = scores[0].bits_per_byte
     return [dataclasses.replace(score, bits_change=score.bits_per_byte / plain_bits - 1) for score in scores]

@@ -37,7 +37,7 @@ def _noted_signals() -> Iterator[list[int]]:
     """The signals to end that came, in order: nothing is raised, so that no process is started and then forgotten."""
     noted: list[int] = []
     before = {number: signal.getsignal(number) for number in _STOP_S}
-    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]  # as nohup has it
+    heeded = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]  # as nohup has it
     for number in heeded:
         signal.signal(number, lambda number, _: noted.append(number))
     try:

@@ -75,7 +75,10 @@ class Case:
 
     @property
     def math_dtype(self) -> Any:
-        """Of both products' operands: float16 and bfloat16 hold all of int8's numbers, only float16 is made of e4m3."""
+        """Of both products' operands. Only float16 is made of e4m3; beside int8 the softmax's weights, which take the
+        scales of values, want the range of bfloat16."""
+        if self.has_scales:
+            return jnp.dtype(jnp.bfloat16)
         return jnp.dtype(jnp.float16) if self.cache_dtype == jnp.float8_e4m3fn else jnp.dtype(self.dtype)
 
 

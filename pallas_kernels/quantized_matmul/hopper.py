@@ -101,7 +101,7 @@ def tile_for(
 
 
 def _split(tile: Tile, num_tiles: int, num_stages: int, least: int) -> Tile:
-    """With as many splits as fill the blocks, each of a multiple of `least` stages; the last may be shorter."""
+    """With as many splits as fill the blocks, of `least` stages or more, all alike but the last."""
     wanted = max(1, tile.blocks * tile.turns // num_tiles)
     stages = _padded(-(-num_stages // wanted), least)
     return dataclasses.replace(tile, splits=-(-num_stages // stages))

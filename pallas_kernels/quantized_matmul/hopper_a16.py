@@ -113,7 +113,7 @@ def inputs_of_panel(format: WeightFormat) -> int:
 
 
 def stages_of_split(format: WeightFormat) -> int:
-    """Of which a split of K should have a multiple: a panel's, but two are enough."""
+    """That a split of K should have at least: a panel's, but two are enough."""
     return min(_stages_of_panel(format), 2)
 
 

@@ -6,7 +6,6 @@ remove  those named, or --all
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import ConfigError
@@ -40,10 +39,10 @@ def run(values: Mapping[str, Any], open_runtime: "OpenRuntime") -> int:
     if values["action"] not in ACTIONS:
         raise ConfigError(f"expected {', '.join(ACTIONS)}; got {values['action']!r}")
     with interrupts_wait():
-        from ..config import DEFAULT_STORE_CACHE_DIR
+        from ..config import stores_folder
         from ..store_cache import find_cached, list_cached
 
-    cache_dir = Path(values["store_cache_dir"] or DEFAULT_STORE_CACHE_DIR).expanduser()
+    cache_dir = stores_folder(values["store_cache_dir"])
     names = values["name"] or []
     stores = find_cached(cache_dir, names) if names else list_cached(cache_dir)
     if values["action"] == "verify":

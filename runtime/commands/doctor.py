@@ -166,7 +166,12 @@ def _native_kernels(_: "RuntimeConfig") -> Iterator[Finding]:
 def _compile_cache(config: "RuntimeConfig") -> Iterator[Finding]:
     from ..config import programs_folder
 
-    folder = programs_folder(config.compile_cache_dir)
+    try:
+        folder = programs_folder(config.compile_cache_dir)
+    except RuntimeError as error:
+        remedy = "--compile_cache_dir=FOLDER with one that you may write"
+        yield Finding("warn", "compile cache", f"{error} every start compiles again", remedy)
+        return
     if folder is None:
         yield Finding("warn", "compile cache", "off: every start compiles again", "leave --compile_cache_dir away")
         return
@@ -182,16 +187,23 @@ def _compile_cache(config: "RuntimeConfig") -> Iterator[Finding]:
 
 
 def _store_cache(config: "RuntimeConfig") -> Iterator[Finding]:
-    from ..config import DEFAULT_STORE_CACHE_DIR
+    from ...errors import ConfigError
+    from ..config import stores_folder
 
-    folder = Path(config.store_cache_dir or DEFAULT_STORE_CACHE_DIR).expanduser()
+    is_optional = config.store_cache_dir is None and config.weights == "resident"
+    effect = "are loaded directly" if is_optional else "that it does not hold cannot be opened"
     if not config.store:
         yield Finding("note", "store cache", "off: checkpoints are loaded directly")
-    elif (reason := unwritable(folder)) is None:
+        return
+    try:
+        folder = stores_folder(config.store_cache_dir)
+    except ConfigError as error:
+        yield Finding("warn", "store cache", f"checkpoints {effect}: {error}", "--store_cache_dir=FOLDER")
+        return
+    if (reason := unwritable(folder)) is None:
         yield Finding("ok", "store cache", str(folder))
     else:
         remedy = f"chmod u+w {folder}, or --store_cache_dir=FOLDER with one that you may write"
-        effect = "are loaded directly" if config.store_cache_dir is None else "that it does not hold cannot be opened"
         yield Finding("warn", "store cache", f"{folder}: {reason}; checkpoints {effect}", remedy)
 
 

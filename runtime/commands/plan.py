@@ -83,6 +83,8 @@ def _workload(values: Mapping[str, Any], context_len: int) -> "Workload":
             f"prompt and output should fit in max_context_len={context_len}; got {asked}. Lower it, or raise "
             "--max_context_len where the model has a longer context."
         )
+    if context_len < 2:
+        raise ConfigError(f"max_context_len should hold a prompt and an output, 2 or more; got {context_len}.")
     most = context_len - given["output_len"] if "output_len" in given else context_len // 2
     prompt_len = given.get("prompt_len", min(Workload.prompt_len, most))
     output_len = given.get("output_len", min(Workload.output_len, context_len - prompt_len))

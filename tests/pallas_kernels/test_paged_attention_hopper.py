@@ -246,11 +246,13 @@ def test_slots_without_keys_are_zeros(change: dict[str, int]) -> None:
 
 @pytest.mark.kernels
 def test_float16_queries_over_an_int8_cache_follow_the_reference() -> None:
-    """Their operands are not made in registers, which int8 becomes bfloat16 in."""
+    """Values are small, so that their scales, times weights, are below what float16 holds."""
     shape = Shape(head_dim=128, page=32, cache_dtype="int8")
-    case = make_case([(1, 70), (1, 3)], shape)
-    case = dataclasses.replace(case, q=case.q.astype(jnp.float16))
-    check(case, make_spec(shape, one_query_per_slot=True))
+    case = make_case([(1, 70), (1, 3), (6, 200)], shape)
+    assert case.cache.scales is not None
+    small = case.cache._replace(scales=case.cache.scales.at[:, :, 1].multiply(1e-3))
+    case = dataclasses.replace(case, q=4 * case.q.astype(jnp.float16), cache=small)
+    check(case, make_spec(shape))
 
 
 @pytest.mark.kernels

@@ -92,6 +92,7 @@ def test_ctrl_c_exits_with_130(capsys):
 def test_ctrl_c_while_modules_are_imported_exits_with_130_and_no_traceback():
     script = (
         "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # where tests run in the background it is ignored
         "class Finder:\n"
         "    def find_spec(name, *_): name == 'absl' and signal.raise_signal(signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder)\n"
