@@ -302,7 +302,8 @@ def evaluate(
         scores = [_score(exact, plain, Candidate(), lambda: None)]
         for candidate in candidates:
             bar.set_description(candidate.weights)
-            other = _candidate(plain, candidate, config, others.get(candidate.path or "", source))
+            of_candidate = source if candidate.path is None else others[candidate.path]
+            other = _candidate(plain, candidate, config, of_candidate)
             scores.append(_score(exact, other, candidate, bar.update))
     plain_bits = scores[0].bits_per_byte
     return [dataclasses.replace(score, bits_change=score.bits_per_byte / plain_bits - 1) for score in scores]
