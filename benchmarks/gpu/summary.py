@@ -1,5 +1,10 @@
-"""The targets of the GPU, each beside what results/gpu_*.json last found; the end of run_all.sh."""
+"""The targets of the GPU, each beside what results/gpu_*.json last found; the end of run_all.sh.
 
+With --compiled first what compilers say of the kernels behind them (`make compile-kernels`): registers, occupancy, and
+the time below which an H200 cannot do them. That is all there is to say on a machine without a GPU.
+"""
+
+import argparse
 import itertools
 import json
 import sys
@@ -9,11 +14,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from report import RESULTS
+from kernel_cases import cases, has_target
+from report import RESULTS, table
 
 type Line = tuple[str, float | None, float]  # what, what was found, what it should be at least
 
 DECODE_ROWS = (1, 4, 16)
+COMPILED = ("case", "kernel", "registers", "spills", "smem_kb", "blocks_per_sm", "bound_us", "bound_by")
 
 
 def read_rows(name: str) -> list[dict[str, Any]]:
@@ -61,7 +68,19 @@ def _ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above and below else None
 
 
-def main() -> None:
+def compiled() -> list[list[str]]:
+    """Lines of a table, its head among them."""
+    wanted = {case.name for case in cases() if has_target(case)}
+    rows = [row for row in read_rows("kernels_aot") if row["chip"] == "h200" and row["case"] in wanted]
+    cells = [[row[key] for key in COMPILED] for row in rows]
+    return [list(COMPILED), *([f"{x:.4g}" if isinstance(x, float) else str(x) for x in line] for line in cells)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compiled", action="store_true")
+    if parser.parse_args(arguments).compiled:
+        print(table(compiled()), end="\n\n")
     width = max(len(what) for what, _, _ in lines())
     for what, found, least in lines():
         text = "not measured" if found is None else f"{found:,.2f}".rjust(12)

@@ -155,8 +155,16 @@ def test_candidates_change_sizes_that_there_are():
 
 def test_a_target_that_was_not_measured_is_said(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
-    summary.main()
+    summary.main([])
     assert capsys.readouterr().out.count("not measured") == len(list(summary.lines()))
+
+
+def test_without_a_gpu_the_compiled_kernels_of_targets_are_shown(capsys):
+    summary.main(["--compiled"])
+    head, *lines = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert head.split() == list(summary.COMPILED)
+    for case in ("decode bfloat16 256 x 2k", "prefill bfloat16 16k", "fp8 70b_gate M=4096", "int4 70b_gate M=16"):
+        assert any(line.strip().startswith(case) for line in lines), case
 
 
 def test_targets_are_read_off_the_runtimes_choice(monkeypatch):
