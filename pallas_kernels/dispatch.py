@@ -41,15 +41,22 @@ def choose[Problem](
 
     Raises KernelError if the named one does not exist or cannot serve, and, with every reason, if none can.
     """
+    return _chosen(operation, table, problem, name)[0]
+
+
+def _chosen[Problem](
+    operation: str, table: Sequence[Implementation[Problem]], problem: Problem, name: str | None
+) -> tuple[Implementation[Problem], list[str]]:
+    """`choose`, and why none above it was taken."""
     named = [entry for entry in table if name in (None, entry.name)]
     if not named:
         names = ", ".join(entry.name for entry in table)
         raise KernelError(f"{operation} has no implementation named {name!r}; choose one of: {names}")
-    reasons = []
+    reasons: list[str] = []
     for entry in named:
         reason = entry.unsupported(problem)
         if reason is None:
-            return entry
+            return entry, reasons
         reasons.append(f"{entry.name}: {reason}")
     raise KernelError(f"no implementation of {operation} serves {problem}: " + "; ".join(reasons))
 
@@ -93,9 +100,8 @@ class KernelChoices:
 
         The `fn` and `several` of one that is tuned have their `device_kind`.
         """
-        entry = choose(operation, table, problem, self._named.get(operation))
-        passed_over = [other for other in table[: table.index(entry)] if operation not in self._named]
-        reasons = "; ".join(f"not {other.name}: {other.unsupported(problem)}" for other in passed_over)
+        entry, passed_over = _chosen(operation, table, problem, self._named.get(operation))
+        reasons = "; ".join(f"not {reason}" for reason in passed_over)
         line = f"{operation} on {self.platform}: {entry.name}{reasons and f' ({reasons})'}"
         with self._lock:
             is_new = line not in self._said

@@ -101,24 +101,25 @@ def fitted_layers(
       CheckpointError: weights cannot be read, or the model computes no finite numbers with them.
     """
     decoder = AbstractDecoder(model, jnp.dtype(jnp.float32))
-    forward = _Forward(decoder, text.tokens.shape[1])
-    streams = forward.embed({path: _read(leaf, None) for path, leaf in leaves.items() if _is_top(path)}, text.tokens)
-    num_windows = 2 * len(decoder.layers) * len(streams)  # each is computed for what it shows, and to go on
+    num_windows = 2 * len(decoder.layers) * len(text.tokens)  # each is computed for what it shows, and to go on
     with tqdm(total=num_windows, desc="calibrating", unit="window", disable=not show_progress) as bar:
+        forward = _Forward(decoder, text.tokens.shape[1], bar.update)
+        top = {path: _read(leaf, None) for path, leaf in leaves.items() if _is_top(path)}
+        streams = forward.embed(top, text.tokens)
         for layer in decoder.layers:
             params = {
                 path.removeprefix(f"{layer.path}/"): _read(leaf, layer.index)
                 for path, leaf in leaves.items()
                 if path.startswith(f"{layer.path}/")
             }
-            inputs = forward.observe(layer.spec, params, streams, bar.update)
+            inputs = forward.observe(layer.spec, params, streams)
             for path, each in quantized.items():
                 if path.startswith(f"{layer.path}/"):
                     name = path.removeprefix(f"{layer.path}/").removesuffix("/weight")
                     made = _fit(f"{layer.path}/{name}", params[f"{name}/weight"], inputs[name], each.format)
                     params[f"{name}/weight"] = np.asarray(dequantize(made))
                     yield layer.index, each.named(made)
-            streams = forward.run(layer.spec, params, streams, bar.update)
+            streams = forward.run(layer.spec, params, streams)
 
 
 def _is_top(path: str) -> bool:
@@ -248,8 +249,10 @@ def _input_of(name: str) -> str | None:
 class _Forward:
     """The plain model, a layer at a time, over windows on one device."""
 
-    def __init__(self, decoder: AbstractDecoder, window_len: int) -> None:
+    def __init__(self, decoder: AbstractDecoder, window_len: int, on_window: Callable[[], object]) -> None:
+        """`on_window` is called when a layer has computed a window."""
         mesh = make_mesh({})
+        self._on_window = on_window
         self._decoder = decoder
         self._placement = Placement(mesh)
         self._observer = _Observer(mesh.devices.flat[0])
@@ -268,11 +271,7 @@ class _Forward:
         return [np.asarray(embed(params, window[None])) for window in tokens]
 
     def observe(
-        self,
-        spec: LayerSpec,
-        params: Mapping[str, np.ndarray],
-        streams: list[np.ndarray],
-        on_window: Callable[[], object],
+        self, spec: LayerSpec, params: Mapping[str, np.ndarray], streams: list[np.ndarray]
     ) -> dict[str, list[_Inputs]]:
         """The inputs of each projection, of each of its experts, while a layer computes all windows."""
         found: dict[str, list[_Inputs]] = {}
@@ -287,21 +286,15 @@ class _Forward:
                 for inputs, part in zip(found[name], parts, strict=True):
                     if len(part):
                         inputs.add(part)
-            on_window()
+            self._on_window()
         return {name: found[first] for name in _projections(spec) if (first := _input_of(name)) is not None}
 
-    def run(
-        self,
-        spec: LayerSpec,
-        params: Mapping[str, np.ndarray],
-        streams: list[np.ndarray],
-        on_window: Callable[[], object],
-    ) -> list[np.ndarray]:
+    def run(self, spec: LayerSpec, params: Mapping[str, np.ndarray], streams: list[np.ndarray]) -> list[np.ndarray]:
         """The residual streams behind a layer."""
         nested, behind = jax.device_put(_nested(params)), []
         for x in streams:
             behind.append(np.asarray(self._layer(spec, self._plain, nested, x)))
-            on_window()
+            self._on_window()
         return behind
 
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))

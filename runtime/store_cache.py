@@ -22,7 +22,7 @@ from ..models.config import ModelConfig
 from ..models.families.quantization import KEY
 from ..pallas_kernels.quantized_matmul import WeightFormat
 from .checkpoint import Checkpoint
-from .config import DEFAULT_STORE_CACHE_DIR
+from .config import DEFAULT_STORE_CACHE_DIR, stores_folder
 from .convert import fingerprint, source_name, write_store
 from .folders import unwritable
 from .json_files import read_object
@@ -88,9 +88,9 @@ def cached_store(
 def can_keep(source: Checkpoint | Store, dtype: np.dtype, quantization: WeightFormat | None) -> bool:
     """Whether a checkpoint's store is in the default cache, or can be written there; says on stderr why not."""
     try:
-        place = DEFAULT_STORE_CACHE_DIR.expanduser() / _folder_name(source, dtype, quantization)
+        place = stores_folder(None) / _folder_name(source, dtype, quantization)
         reason = None if os.path.lexists(place / MANIFEST_FILE) else unwritable(place)
-    except RuntimeError as error:  # there is no home folder
+    except ConfigError as error:  # there is no home folder
         reason = str(error)
     if reason is not None:
         print(

@@ -10,23 +10,8 @@ from ..errors import ConfigError
 from .tokenizer import Tokenizer
 
 
-def decode_text(content: bytes, name: str, *, is_cut: bool = False) -> str:
-    """A file's text; if it `is_cut`, its last character may be a part of one.
-
-    Raises:
-      ConfigError: it is no text; `name` says which.
-    """
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(content, final=not is_cut)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{name}: expected a file of UTF-8 text ({error}).") from None
-    if "\0" in text:
-        raise ConfigError(f"{name}: expected a file of UTF-8 text; it holds bytes of zero. Is it of another kind?")
-    return text
-
-
 def read_text(file: Path, name: str, max_bytes: int | None = None) -> str:
-    """A file's text, up to `max_bytes` of it.
+    """A file's text, up to `max_bytes` of it, of which the last character may be a part.
 
     Raises:
       ConfigError: it cannot be read, or is no text; `name` says which.
@@ -34,9 +19,14 @@ def read_text(file: Path, name: str, max_bytes: int | None = None) -> str:
     try:
         with file.open("rb") as stream:
             content = stream.read(-1 if max_bytes is None else max_bytes)
+        text = codecs.getincrementaldecoder("utf-8")().decode(content, final=len(content) != max_bytes)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read ({error}). Give a file of text.") from error
-    return decode_text(content, name, is_cut=len(content) == max_bytes)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name}: expected a file of UTF-8 text ({error}).") from None
+    if "\0" in text:
+        raise ConfigError(f"{name}: expected a file of UTF-8 text; it holds bytes of zero. Is it of another kind?")
+    return text
 
 
 def token_ids(tokenizer: Tokenizer, text: str, vocab_size: int) -> Int[np.ndarray, " T"]:

@@ -165,8 +165,8 @@ class _Step:
             consumers=sizes["consumers"],
             raw_stages=sizes.get("raw_stages", 1),
             weights_in_registers=bool(sizes.get("weights_in_registers", 1)) and not self.has_tensor_memory,
-            is_overlapped=bool(sizes.get("overlapped", 0))
-            and sizes["stages"] > 1,  # a stage is held while one is awaited
+            # A stage is held while another is awaited.
+            is_overlapped=bool(sizes.get("overlapped", 0)) and sizes["stages"] > 1,
         )
 
     def _case(self, sizes: Mapping[str, int]) -> dict[str, Any]:

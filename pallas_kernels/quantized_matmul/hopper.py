@@ -96,15 +96,10 @@ def tile_for(
     rows = _padded(num_rows, tile.n)
     if kind == "w8a8":
         return tile.fitted(out_dim, rows, in_dim // tile.k)
-    tiles = out_dim // tile.block_m * (rows // tile.n)
-    return _split(tile.fitted(out_dim, rows, k_parts=1), tiles, in_dim // tile.k, hopper_a16.stages_of_split(format))
-
-
-def _split(tile: Tile, num_tiles: int, num_stages: int, least: int) -> Tile:
-    """With as many splits as fill the blocks, of `least` stages or more, all alike but the last."""
-    wanted = max(1, tile.blocks * tile.turns // num_tiles)
-    stages = _padded(-(-num_stages // wanted), least)
-    return dataclasses.replace(tile, splits=-(-num_stages // stages))
+    # Splits of a16 are alike but the last, and of a least number of stages.
+    num_stages, least = in_dim // tile.k, hopper_a16.stages_of_split(format)
+    stages = _padded(-(-num_stages // tile.filling_splits(out_dim, rows)), least)
+    return dataclasses.replace(tile.fitted(out_dim, rows, k_parts=1), splits=-(-num_stages // stages))
 
 
 def matmul(

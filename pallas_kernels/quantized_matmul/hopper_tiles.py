@@ -49,11 +49,13 @@ class Tile:
 
     def fitted(self, m: int, n: int, k_parts: int) -> "Tile":
         """With a cluster that divides M, and as many splits as fill the blocks and divide K's smallest parts."""
-        num_m = m // self.block_m
-        cluster = math.gcd(num_m, self.cluster)
-        wanted = max(1, self.blocks * self.turns // (num_m * (n // self.n)))
-        splits = max(parts for parts in range(1, min(wanted, k_parts) + 1) if k_parts % parts == 0)
-        return dataclasses.replace(self, cluster=cluster, splits=splits)
+        most = min(self.filling_splits(m, n), k_parts)
+        splits = max(parts for parts in range(1, most + 1) if k_parts % parts == 0)
+        return dataclasses.replace(self, cluster=math.gcd(m // self.block_m, self.cluster), splits=splits)
+
+    def filling_splits(self, m: int, n: int) -> int:
+        """As many as fill the blocks."""
+        return max(1, self.blocks * self.turns // (m // self.block_m * (n // self.n)))
 
 
 @dataclasses.dataclass(frozen=True)

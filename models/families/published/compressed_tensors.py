@@ -24,7 +24,7 @@ _ARGS: Mapping[str, Any] = {"dynamic": False, "num_bits": 8, "symmetric": True, 
 # How scales were found, and the dtypes of tensors, which are seen from the tensors.
 _HARMLESS_ARGS = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 _IGNORED = (r".*\.(weight_shape|(input|output)_(scale|zero_point|global_scale))$", CACHE_SCALES)
-_MAX_PATTERN_LEN, _MAX_QUANTIFIERS, _MAX_TRIES = 4096, 4, 10**8
+_MAX_PATTERN_LEN, _MAX_QUANTIFIERS, _NAME_LEN = 4096, 4, 100
 
 _AS_THEY_ARE = ("float-quantized", "int-quantized", "naive-quantized")
 _NAMES = {("float", 8): "fp8", ("int", 8): "int8"}
@@ -201,8 +201,8 @@ def _read_selection(section: ConfigReader, key: str) -> _Selection:
 def _pattern(section: ConfigReader, key: str, text: str) -> re.Pattern[str]:
     """A pattern that takes no longer than its length lets expect: a checkpoint may come from anybody."""
     quantifiers = len(re.findall(r"(?<!\\)[*+{]|(?<![\\(*+?}])\?", text))
-    tries = (text.count("|") + 1) ** text.count("(") * 100**quantifiers  # of a name of 100 characters, at the worst
-    is_slow = tries > _MAX_TRIES or re.search(r"\)[*+{]", text)
+    tries = (text.count("|") + 1) ** text.count("(") * _NAME_LEN**quantifiers  # at the worst
+    is_slow = tries > _NAME_LEN**_MAX_QUANTIFIERS or re.search(r"\)[*+{]", text)
     if len(text) > _MAX_PATTERN_LEN or is_slow:
         raise section.wrong(
             key,
